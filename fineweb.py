@@ -1,0 +1,341 @@
+"""
+Text in, token shards out: the first stage. Downloads FineWeb-Edu (sample-10BT, 28 GB of parquet files) from the Hugging Face
+hub, or takes any text of yours, and writes it as the GPT will read it: long arrays of token ids.
+
+    python fineweb.py                                     # all 10 billion tokens: 100 shards, 20 GB
+    python fineweb.py max_tokens=300000000                # stop early; downloads no more than it needs
+    python fineweb.py text=notes.txt data=notes val_tokens=10000                          # your own text
+    python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn          # ... in a vocabulary of its own
+
+Shards are what build-nanogpt writes, so shards that exist already work: `edu_fineweb10B/edufineweb_train_000001.npy`,
+uint16, 100M tokens each, shard 0 is the validation set. Each document is opened (not closed) by <|endoftext|>.
+A .txt file holds one document a line, a .jsonl one a line under "text", a .parquet one a row in column "text".
+Interrupted, it goes on after the last whole shard.
+
+HF_ENDPOINT (a mirror of the hub) and HF_TOKEN (for gated files) are honoured.
+This file also owns three things that every later file uses: `configure`, `download` and `get_tokenizer`.
+"""
+import ast
+import base64
+import difflib
+import glob
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+
+import numpy as np
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings: `python fineweb.py name=value` overrides any of them
+
+data = "edu_fineweb10B"     # folder for the shards
+text = None                 # local .txt/.jsonl/.parquet: a file, folder or glob (several: a,b); None = download FineWeb-Edu
+tokenizer = "gpt2"          # "gpt2", a .tiktoken file, or "learn": byte pairs learned from the text itself
+vocab_size = 512            # how large a learned vocabulary may become
+shard_size = 100_000_000    # tokens in a training shard
+val_tokens = 100_000_000    # tokens in shard 0, the validation set
+max_tokens = None           # stop after so many tokens, None = all
+
+EOT = "<|endoftext|>"       # separates documents; also the captioner's first (BOS) and last (EOS) token
+# GPT-2's way to cut text into words before byte pairs are merged: no token ever spans two words
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# ----------------------------------------------------------------------------------------------------------------------
+# settings from the command line, for every script of the project
+
+
+def die(message):
+    """Ends the run with one line for a person, and exit code 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def configure(settings, preset={}, positional=(), argv=None):
+    """
+    Overrides the lowercase int/float/str/bool/None variables of the calling script, whose `globals()` are `settings`,
+    first from `preset` (a dict), then from the command line: `name=value` or `--name=value`; bare words fill the names in
+    `positional`, in order. Returns the final settings as a dict. Unknown names and wrong types end the run with one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    kinds = (bool, int, float, str, type(None))
+    defaults = {k: v for k, v in settings.items() if k.islower() and k[0] != "_" and isinstance(v, kinds)}
+    if "--help" in argv or "-h" in argv or "help" in argv:
+        print(settings["__doc__"].strip(), "\n\nsettings:")
+        source = open(settings["__file__"], encoding="utf-8").read()
+        for name, value in defaults.items():
+            comment = re.search(rf"^{name} = .*?#(.*)", source, re.M)
+            print(f"  {name + '=' + str(value):36}{comment[1] if comment else ''}")
+        sys.exit(0)
+    settings.update(preset)
+    bare = iter(positional)
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        name = name.removeprefix("--")
+        if not equals:  # a bare word
+            name, value = next(bare, None), arg
+            if name is None:
+                die(f"'{arg}' is not a setting: write name=value, such as {next(iter(defaults))}={next(iter(defaults.values()))}")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, 1, 0.0)
+            die(f"unknown setting '{name}': did you mean '{near[0]}'? (--help lists them all)")
+        default = defaults[name]
+        kind = type(settings[name] if default is None else default)
+        try:  # ast.literal_eval reads 1e-3, 1_000, True and None as Python does; what it can't read is a string
+            parsed = value if kind is str else ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parsed = value
+        if kind is float and type(parsed) is int:
+            parsed = float(parsed)
+        if default is not None and type(parsed) is not kind:
+            die(f"{name}={value}: {name} takes {dict(int='a whole number', float='a number', bool='True or False')[kind.__name__]}, "
+                f"such as {name}={default}")
+        settings[name] = parsed
+    return {name: settings[name] for name in defaults}
+
+
+def show(config):
+    """Prints the final settings as the words that would give them again."""
+    print("settings:", *(f"{name}={value}" for name, value in config.items()), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files from the net
+
+
+def download(url, path, tries=8):
+    """
+    Fetches `url` into the file `path` and returns `path`; a file that is there already is not fetched again.
+    A cut connection, a 429 or a 5xx is tried again after a pause that doubles, going on at the byte where it stopped.
+    The file appears under its name only when it is whole. HF_TOKEN is sent to the Hugging Face hub and to nobody else.
+    """
+    if os.path.exists(path):
+        return path
+    import requests
+    from tqdm import tqdm
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part, token = path + ".part", os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token and url.startswith(hub()) else {}
+    pause, trouble = 1.0, ""
+    for attempt in range(tries):
+        if attempt:
+            print(f"{trouble}; trying again in {pause:.0f} s ({url})", flush=True)
+            time.sleep(pause)
+            pause *= 2
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            with requests.get(url, headers=headers | ({"Range": f"bytes={have}-"} if have else {}), stream=True, timeout=30) as answer:
+                if answer.status_code in (401, 403):
+                    die(f"{url}: the server says {answer.status_code}; if it needs a licence, accept it on the site and set HF_TOKEN")
+                if answer.status_code == 429 or answer.status_code >= 500:
+                    trouble = f"the server says {answer.status_code}"
+                    pause = max(pause, min(float(re.sub(r"\D", "", answer.headers.get("Retry-After", "")) or 0), 300))
+                    continue
+                if answer.status_code == 416:  # we hold more bytes than the file has: another file's leftovers
+                    os.remove(part)
+                    trouble = "the part on disk is not of this file"
+                    continue
+                if answer.status_code not in (200, 206):
+                    die(f"{url}: the server says {answer.status_code} {answer.reason}")
+                if answer.status_code == 200:  # all of it, whatever part we asked for
+                    have = 0
+                length = answer.headers.get("Content-Length")
+                total = have + int(length) if length and "Content-Encoding" not in answer.headers else None
+                with open(part, "ab" if have else "wb") as f, tqdm(
+                        total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), mininterval=1) as bar:
+                    for chunk in answer.iter_content(1 << 20):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as problem:
+            trouble = f"no answer ({type(problem).__name__})"
+            continue
+        size = os.path.getsize(part)
+        if total is None or size == total:
+            os.replace(part, path)
+            return path
+        trouble = f"got {size:,} of {total:,} bytes"
+        if size > total:
+            os.remove(part)
+    die(f"could not download {url}: {trouble}, {tries} times. Run the same command again to go on, or put the file at {path} yourself")
+
+
+def hub():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokenizers: GPT-2's, or one learned from a small text
+
+
+def get_tokenizer(source="gpt2"):
+    """
+    A tiktoken.Encoding with <|endoftext|> as its last id. `source` is "gpt2", the path of a .tiktoken file (a line for each
+    token: its bytes in base64, its id), or such a file's text, which is how checkpoints carry it.
+    """
+    import tiktoken
+
+    if source == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as problem:  # tiktoken passes on whatever its download raises
+            die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): "
+                "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    lines = source if "\n" in source else open(source).read()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines.splitlines())}
+    return tiktoken.Encoding("learned", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
+def learn_bpe(documents, vocab_size):
+    """
+    Byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): start from the 256 bytes; again and again, the most
+    frequent pair of neighbours becomes a token of its own. Returns the text of a .tiktoken file.
+    """
+    import regex  # comes with tiktoken; like re, but knows \p{L}
+
+    counts = Counter(word for document in documents for word in regex.findall(SPLIT, document))
+    words = {word: [bytes([b]) for b in word.encode()] for word in counts}
+    tokens = [bytes([b]) for b in range(256)]
+    while len(tokens) < vocab_size - 1:  # one id is left for <|endoftext|>
+        pairs = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break  # every word is one token
+        (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
+        tokens.append(a + b)
+        for parts in words.values():
+            for i in range(len(parts) - 2, -1, -1):
+                if parts[i:i + 2] == [a, b]:
+                    parts[i:i + 2] = [a + b]
+    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# documents -> tokens -> shards
+
+
+def text_files(pattern):
+    """The local files that `text=` names, in a fixed order."""
+    paths = []
+    for part in pattern.split(","):
+        found = glob.glob(os.path.join(part, "**"), recursive=True) if os.path.isdir(part) else glob.glob(part)
+        found = sorted(p for p in found if p.endswith((".txt", ".jsonl", ".parquet")))
+        if not found:
+            die(f"text={part}: no .txt, .jsonl or .parquet file there")
+        paths += found
+    return paths
+
+
+def fineweb_files():
+    """The parquet files of FineWeb-Edu's 10BT sample, one after the other, each downloaded when it is asked for."""
+    repo = "datasets/HuggingFaceFW/fineweb-edu"
+    listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT", os.path.join(data, "parquet", "files.json"))
+    for entry in sorted(json.load(open(listing)), key=lambda entry: entry["path"]):
+        if entry["path"].endswith(".parquet"):
+            yield download(f"{hub()}/{repo}/resolve/main/{entry['path']}", os.path.join(data, "parquet", os.path.basename(entry["path"])))
+
+
+def read_documents(paths):
+    """Yields every document of the files, as a string."""
+    for path in paths:
+        if path.endswith(".parquet"):
+            import pyarrow.parquet
+
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
+                yield from batch.column("text").to_pylist()
+        else:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                for line in f:
+                    if line.strip():
+                        yield json.loads(line)["text"] if path.endswith(".jsonl") else line.strip()
+
+
+def tokenize(documents, encoding):
+    """Yields one uint16 array for each document, in order, on all cores: tiktoken works outside Python's global lock."""
+    eot = encoding.eot_token
+
+    def encode(batch):
+        return [np.array([eot] + encoding.encode_ordinary(document), dtype=np.uint16) for document in batch]
+
+    documents, workers = iter(documents), os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        pending = []
+        while batch := list(islice(documents, 256)):
+            pending.append(pool.submit(encode, batch))
+            if len(pending) > 2 * workers:
+                yield from pending.pop(0).result()
+        for future in pending:
+            yield from future.result()
+
+
+def save_atomically(path, write):
+    """`write(file)` fills a temporary file, which then takes its name in one step: a reader never meets half a file."""
+    with open(path + ".tmp", "wb") as f:
+        write(f)
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    show(configure(globals()))
+    os.makedirs(data, exist_ok=True)
+    paths = text_files(text) if text else fineweb_files()
+
+    if tokenizer == "learn":
+        if not text:
+            die("tokenizer=learn needs text=: it reads the text twice")
+        tokenizer = os.path.join(data, "tokenizer.tiktoken")
+        if not os.path.exists(tokenizer):
+            learned = learn_bpe(read_documents(paths), vocab_size)
+            save_atomically(tokenizer, lambda f: f.write(learned.encode()))
+    encoding = get_tokenizer(tokenizer)
+    if encoding.n_vocab > 2**16:
+        die(f"tokenizer={tokenizer} has {encoding.n_vocab:,} tokens: shards hold 16-bit ids, 65,536 at most")
+    print(f"tokenizer: {tokenizer}, {encoding.n_vocab:,} tokens")
+
+    # A shard's number says where it belongs; progress.json says how many documents went into the shards written so far,
+    # and how many tokens of the next document are in them already, so that a second run goes on at that very token.
+    progress_file = os.path.join(data, "progress.json")
+    same = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens)
+    progress = json.load(open(progress_file)) if os.path.exists(progress_file) else same | dict(shards=0, documents=0, offset=0, tokens=0)
+    for name, value in same.items():
+        if progress[name] != value:
+            die(f"{data} was begun with {name}={progress[name]}, not {value}: use the same settings, another data=, or delete the folder")
+    shard, document, skip, total = progress["shards"], progress["documents"], progress["offset"], progress["tokens"]
+    if progress.get("done") or (max_tokens and total >= max_tokens):
+        print(f"{data}: {total:,} tokens in {shard} shards are there already")
+        sys.exit(0)
+
+    def write_shard(tokens, **state):
+        split = "val" if shard == 0 else "train"
+        save_atomically(os.path.join(data, f"edufineweb_{split}_{shard:06d}.npy"), lambda f: np.save(f, tokens))
+        state = same | dict(shards=shard + 1, tokens=total) | state
+        save_atomically(progress_file, lambda f: f.write(json.dumps(state, indent=1).encode()))
+        print(f"shard {shard} ({split}): {len(tokens):,} tokens | {total:,} tokens so far | {total / (time.time() - t0) / 1e6:.2f}M tokens/s", flush=True)
+
+    t0, start = time.time(), total
+    buffer = np.empty(val_tokens if shard == 0 else shard_size, dtype=np.uint16)
+    used = 0
+    for tokens in tokenize(islice(read_documents(paths), document, None), encoding):
+        while len(tokens) - skip >= len(buffer) - used:  # the document fills the shard: the rest of it opens the next one
+            take = len(buffer) - used
+            buffer[used:] = tokens[skip:skip + take]
+            skip += take
+            total += len(buffer)
+            write_shard(buffer, documents=document, offset=skip)
+            shard, used, buffer = shard + 1, 0, np.empty(shard_size, dtype=np.uint16)
+            if max_tokens and total >= max_tokens:
+                sys.exit(0)
+        buffer[used:used + len(tokens) - skip] = tokens[skip:]
+        used += len(tokens) - skip
+        document, skip = document + 1, 0
+    if shard == 0:
+        die(f"the text has only {used:,} tokens, and val_tokens={val_tokens:,} of them were to be the validation set: lower val_tokens=")
+    if used:
+        total += used
+        write_shard(buffer[:used], documents=document, offset=0, done=True)
