@@ -301,13 +301,13 @@ if __name__ == "__main__":
     # A shard's number says where it belongs; progress.json says how many documents went into the shards written so far,
     # and how many tokens of the next document are in them already, so that a second run goes on at that very token.
     progress_file = os.path.join(data, "progress.json")
-    same = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens)
+    same = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens, max_tokens=max_tokens)
     progress = json.load(open(progress_file)) if os.path.exists(progress_file) else same | dict(shards=0, documents=0, offset=0, tokens=0)
     for name, value in same.items():
         if progress[name] != value:
             die(f"{data} was begun with {name}={progress[name]}, not {value}: use the same settings, another data=, or delete the folder")
     shard, document, skip, total = progress["shards"], progress["documents"], progress["offset"], progress["tokens"]
-    if progress.get("done") or (max_tokens and total >= max_tokens):
+    if progress.get("done"):
         print(f"{data}: {total:,} tokens in {shard} shards are there already")
         sys.exit(0)
 
@@ -316,12 +316,16 @@ if __name__ == "__main__":
         save_atomically(os.path.join(data, f"edufineweb_{split}_{shard:06d}.npy"), lambda f: np.save(f, tokens))
         state = same | dict(shards=shard + 1, tokens=total) | state
         save_atomically(progress_file, lambda f: f.write(json.dumps(state, indent=1).encode()))
-        print(f"shard {shard} ({split}): {len(tokens):,} tokens | {total:,} tokens so far | {total / (time.time() - t0) / 1e6:.2f}M tokens/s", flush=True)
+        print(f"shard {shard} ({split}): {len(tokens):,} tokens | {total:,} tokens so far | {(total - before) / (time.time() - t0) / 1e6:.2f}M tokens/s", flush=True)
 
-    t0, start = time.time(), total
+    t0, before = time.time(), total
     buffer = np.empty(val_tokens if shard == 0 else shard_size, dtype=np.uint16)
     used = 0
     for tokens in tokenize(islice(read_documents(paths), document, None), encoding):
+        if max_tokens:
+            tokens = tokens[:skip + max_tokens - total - used]
+            if len(tokens) == skip:
+                break
         while len(tokens) - skip >= len(buffer) - used:  # the document fills the shard: the rest of it opens the next one
             take = len(buffer) - used
             buffer[used:] = tokens[skip:skip + take]
@@ -329,13 +333,13 @@ if __name__ == "__main__":
             total += len(buffer)
             write_shard(buffer, documents=document, offset=skip)
             shard, used, buffer = shard + 1, 0, np.empty(shard_size, dtype=np.uint16)
-            if max_tokens and total >= max_tokens:
-                sys.exit(0)
         buffer[used:used + len(tokens) - skip] = tokens[skip:]
         used += len(tokens) - skip
         document, skip = document + 1, 0
     if shard == 0:
         die(f"the text has only {used:,} tokens, and val_tokens={val_tokens:,} of them were to be the validation set: lower val_tokens=")
+    total += used
     if used:
-        total += used
         write_shard(buffer[:used], documents=document, offset=0, done=True)
+    else:  # the last shard came out exactly full
+        save_atomically(progress_file, lambda f: f.write(json.dumps(json.load(open(progress_file)) | dict(done=True), indent=1).encode()))

@@ -82,10 +82,10 @@ SHAPES_ROAD = (
     ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/ckpt.pt",
      "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 "
      "optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=250 eval_interval=125 eval_tokens=20000 log_interval=25"),
-    ("teach a small CLIP on pictures and captions, and encode the scenes with it", "data/shapes/features/tinyclip_val2017.npy",
-     "coco.py data=data/shapes encoder=tinyclip"),
+    ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/tagger_val2017.npy",
+     "coco.py data=data/shapes encoder=tagger"),
 )
-SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tinyclip", batch_size=64, optimizer="muon", learning_rate=8e-3, min_lr=4e-4,
+SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3, min_lr=4e-4,
                      warmup_steps=20, weight_decay=0.0, dropout=0.0, max_steps=400, eval_interval=100, log_interval=25)
 VARIANTS = (("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1))  # what fusion=all compares: (fusion, every)
 
@@ -480,7 +480,7 @@ if __name__ == "__main__":
                 print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | CIDEr {100 * row['CIDEr']:.1f} | "
                       f"\"{said[0]}\"", flush=True)
                 if step > first_step:
-                    save_checkpoint(path, dict(model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config,
+                    save_checkpoint(path, dict(model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config | dict(max_length=max_length),
                                                gpt_config=asdict(writer.config), width=train_features.shape[-1], tokenizer=tokenizer_source))
         if step >= max_steps or eval_only:
             break

@@ -1,0 +1,564 @@
+"""
+    python -m pytest -q test_all.py          # a few minutes on two cores; no GPU, no network
+
+Equality with what others trust (transformers, pycocoevalcap), with ourselves done the plain way (no cache, one process, an
+uninterrupted run), and the rules of the house. What needs real data runs where ../shared/data exists, and is skipped elsewhere.
+"""
+import http.server
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cider
+import coco
+import fineweb
+import train_caption
+import train_gpt2
+from train_caption import Captioner, TokenizedCaptions, training_batch
+from train_gpt2 import GPT, GPTConfig, Process
+
+REPO = os.path.dirname(os.path.abspath(__file__))
+SHARED = os.path.join(REPO, "..", "shared", "data")
+needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="needs ../shared/data")
+ALONE = Process(0, 1, "cpu", nullcontext())
+
+
+def run(command, cwd, ok=True, launcher=(), env={}):
+    """Runs one of the scripts in `cwd`; returns what it printed. ok=False: it must end with one line on stderr and exit code 2."""
+    script, *words = command.split()
+    done = subprocess.run([sys.executable, *launcher, os.path.join(REPO, script), *words], cwd=cwd, capture_output=True, text=True, env=os.environ | env)
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return errors[0]
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """The whole small road once: 200 drawn scenes, raw patches, their captions' tokens, a GPT of two layers after a few steps."""
+    cwd = tmp_path_factory.mktemp("road")
+    run("coco.py data=shapes shapes=200 encoder=patches", cwd)
+    run("fineweb.py text=shapes/train_captions.txt data=tokens tokenizer=learn val_tokens=1000", cwd)
+    run(f"{GPT_RUN} out_dir=gpt", cwd)
+    return cwd
+
+
+GPT_RUN = ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=4 total_batch_size=512 learning_rate=3e-3 max_steps=8 "
+           "warmup_steps=2 eval_interval=4 eval_tokens=1000 device=cpu")
+CAPTION_RUN = ("train_caption.py data=shapes encoder=patches gpt=gpt/ckpt.pt batch_size=16 learning_rate=3e-3 max_steps=8 eval_interval=4 device=cpu")
+
+
+def small_gpt(seed=0, n_layer=4, vocab_size=101, scale=10):
+    """A random GPT whose logits differ: the initial weights alone would leave all tokens nearly alike."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(block_size=48, vocab_size=vocab_size, n_layer=n_layer, n_head=4, n_embd=32))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.mul_(scale if p.dim() == 2 else 1)
+    return gpt.eval()
+
+
+def open_eyed(fusion, every=1, seed=0):
+    """A captioner of 9 picture tokens, 24 wide, whose gates are open."""
+    model = Captioner(small_gpt(seed), fusion, every, width=24, n_query=5).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gate"):
+                p.fill_(0.5)
+    return model
+
+
+def log_column(path, column):
+    return [row[column] for row in train_gpt2.read_log(path) if row[column] is not None]
+
+
+# ---- settings, downloads, tokens (fineweb.py)
+
+
+def configured(argv, **kw):
+    settings = dict(__doc__="doc", steps=10, rate=0.1, name="a", flag=False, anything=None, Upper=1, _private=2)
+    return fineweb.configure(settings, argv=argv, **kw), settings
+
+
+def test_configure_takes_types_as_python_writes_them():
+    final, settings = configured(["steps=1_000", "--rate=1", "name=b=c", "flag=True", "anything=3"])
+    assert final == dict(steps=1000, rate=1.0, name="b=c", flag=True, anything=3)
+    assert type(settings["rate"]) is float and settings["Upper"] == 1
+
+
+def test_configure_argv_beats_preset_and_bare_words_fill_positions():
+    assert configured(["steps=3"], preset=dict(steps=2, name="p"))[0]["steps"] == 3
+    assert configured(["x.json"], positional=("name",))[0]["name"] == "x.json"
+
+
+@pytest.mark.parametrize("word, hint", [("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"), ("flag=1", "True or False"),
+                                        ("rate=fast", "a number"), ("hello", "name=value")])
+def test_configure_names_what_is_wrong(word, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        configured([word])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and hint in said and said.count("\n") == 1
+
+
+def test_help_lists_settings_with_their_comments(tmp_path):
+    said = run("train_caption.py --help", tmp_path)
+    assert "every=1" in said and "so-manieth block" in said
+
+
+class Flaky(http.server.BaseHTTPRequestHandler):
+    """Serves BODY, after a 503, a cut connection, and a lie about the length; honours Range."""
+    BODY, asked = random.Random(0).randbytes(300_000), []
+
+    def do_GET(self):
+        start = int((self.headers["Range"] or "bytes=0-")[6:-1])
+        self.asked.append(start)
+        turn = len(self.asked)
+        if self.path == "/missing":
+            return self.send_error(404)
+        if turn == 1:
+            return self.send_error(503)
+        rest = self.BODY[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", len(rest) + (1000 if turn == 3 else 0))
+        self.end_headers()
+        self.wfile.write(rest[:100_000] if turn in (2, 3) else rest)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
+    Flaky.asked.clear()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_goes_on_where_it_was_cut(flaky, tmp_path):
+    path = fineweb.download(f"{flaky}/file", str(tmp_path / "new" / "file"))
+    assert open(path, "rb").read() == Flaky.BODY
+    assert Flaky.asked == [0, 0, 100_000, 200_000]  # 503, cut, cut and a lie, the rest
+    assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_download_leaves_nothing_of_a_missing_file(flaky, tmp_path):
+    with pytest.raises(SystemExit):
+        fineweb.download(f"{flaky}/missing", str(tmp_path / "file"))
+    assert not os.listdir(tmp_path)
+
+
+TEXT = ["the cat sat on the mat", "a dog , a cat and 2 birds", "naïve café ☕", "the dog's mat"] * 40
+
+
+def test_learned_tokenizer_round_trip():
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    assert tokenizer.n_vocab <= 320 and tokenizer.eot_token == tokenizer.n_vocab - 1
+    assert all(tokenizer.decode(tokenizer.encode_ordinary(text)) == text for text in TEXT + ["unseen ☃ text"])
+    assert len(tokenizer.encode_ordinary("the cat")) == 2  # frequent words became single tokens
+
+
+def test_shards_hold_every_document_opened_by_eot_and_survive_a_kill(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    command = "fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size=150 data="
+    run(command + "whole", tmp_path)
+    shards = sorted(p for p in os.listdir(tmp_path / "whole") if p.endswith(".npy"))
+    assert shards[0] == "edufineweb_val_000000.npy" and shards[1] == "edufineweb_train_000001.npy"
+    tokens = np.concatenate([np.load(tmp_path / "whole" / p) for p in shards])
+    tokenizer = fineweb.get_tokenizer(str(tmp_path / "whole" / "tokenizer.tiktoken"))
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [t for text in TEXT for t in [tokenizer.eot_token] + tokenizer.encode_ordinary(text)]
+    # killed after shard 2: nothing later is there, and half of shard 3 lies about under its temporary name
+    run(command + "cut", tmp_path)
+    for name in shards[3:]:
+        os.remove(tmp_path / "cut" / name)
+    (tmp_path / "cut" / (shards[3] + ".tmp")).write_bytes(b"half")
+    lengths, done, progress = [1 + len(tokenizer.encode_ordinary(text)) for text in TEXT], 400, json.load(open(tmp_path / "cut" / "progress.json"))
+    documents = int(np.searchsorted(np.cumsum(lengths), done, side="right"))
+    progress |= dict(shards=3, tokens=done, documents=documents, offset=done - sum(lengths[:documents]), done=False)
+    (tmp_path / "cut" / "progress.json").write_text(json.dumps(progress))
+    run(command + "cut", tmp_path)
+    for name in shards:
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# ---- the GPT (train_gpt2.py)
+
+
+def transformers_gpt2(**kw):
+    coco.mend_torchvision()
+    import transformers
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(vocab_size=101, n_positions=48, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, **kw)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_logits_and_loss_equal_transformers(tmp_path):
+    theirs = transformers_gpt2()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(str(tmp_path)).eval()
+    idx = torch.randint(0, 101, (3, 48))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:]), theirs(idx, labels=idx).loss, atol=1e-5, rtol=0)
+
+
+def test_transformers_loads_what_we_save(tmp_path):
+    import transformers
+    ours = small_gpt()
+    ours.save_pretrained(str(tmp_path))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    idx = torch.randint(0, 101, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-4, rtol=1e-4)
+
+
+def test_cached_generation_equals_recomputing():
+    gpt = small_gpt()
+    start = torch.randint(0, 101, (3, 5))
+    plain = start
+    with torch.no_grad():
+        for _ in range(20):
+            plain = torch.cat([plain, gpt(plain)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(gpt.generate(start, 20, temperature=0), plain)
+
+
+def test_cached_logits_in_chunks_equal_whole():
+    gpt, idx = small_gpt(), torch.randint(0, 101, (2, 30))
+    cache = train_gpt2.KVCache(gpt.config, 2, 30, idx.new_empty(0, dtype=torch.float32))
+    with torch.no_grad():
+        chunks = torch.cat([gpt(part, cache=cache) for part in idx.split([7, 1, 12, 10], 1)], 1)
+        torch.testing.assert_close(chunks, gpt(idx), atol=1e-4, rtol=1e-4)
+
+
+def test_top_k_and_stop():
+    gpt = small_gpt()
+    start = torch.zeros(64, 1, dtype=torch.long)
+    best = gpt(start[:1])[0, -1].topk(3).indices
+    assert set(gpt.generate(start, 1, top_k=3)[:, 1].tolist()) <= set(best.tolist())
+    stop = int(best[0])
+    rows = gpt.generate(start, 30, stop=stop).tolist()
+    assert all(set(row[row.index(stop, 1):]) == {stop} for row in rows if stop in row[1:])
+
+
+def test_too_long_a_text_is_refused():
+    with pytest.raises(ValueError, match="block_size=48"):
+        small_gpt()(torch.zeros(1, 49, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_in_one_optimizer_group(name):
+    model = Captioner(small_gpt(), "xattn", 1, 24)
+    groups = [g for optimizer in train_gpt2.make_optimizers(model, name, 1e-3, 0.1) for g in optimizer.param_groups]
+    held = [p for g in groups for p in g["params"]]
+    assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert all(p.dim() >= 2 for g in groups if g["weight_decay"] for p in g["params"])
+
+
+def test_schedule():
+    lr = [train_gpt2.get_lr(step, 1.0, 0.1, 10, 110) for step in range(120)]
+    assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and abs(lr[60] - 0.55) < 1e-12 and lr[110] == lr[119] == pytest.approx(0.1)
+
+
+def test_loader_uses_every_sequence_once_an_epoch(tmp_path):
+    for name, n in (("edufineweb_train_000001", 105), ("edufineweb_train_000002", 43)):
+        np.save(tmp_path / f"{name}.npy", np.arange(n, dtype=np.uint16))
+    loader = train_gpt2.Loader(str(tmp_path), "train", 10, vocab_size=200, seed=3)
+    assert loader.n_seq == 10 + 4
+    first, second = (loader.sequences(range(e * 14, e * 14 + 14)).numpy() for e in (0, 1))
+    expected = sorted([[*range(j, j + 11)] for n in (10, 4) for j in range(0, 10 * n, 10)])
+    assert sorted(first.tolist()) == sorted(second.tolist()) == expected and first.tolist() != second.tolist()
+    assert np.array_equal(loader.sequences([3, 17]), [first[3], second[3]])  # a pure function of the position
+    with pytest.raises(SystemExit):
+        train_gpt2.Loader(str(tmp_path), "train", 10, vocab_size=50).sequences(range(14))
+
+
+def test_gpt_resumes_exactly(road):
+    run(f"{GPT_RUN} out_dir=resumed max_steps=4 min_lr=3e-3", road)
+    run(f"{GPT_RUN} out_dir=whole min_lr=3e-3", road)  # a constant rate, so that four steps are the first four of eight
+    run(f"{GPT_RUN} out_dir=resumed min_lr=3e-3 init_from=resume", road)
+    assert log_column(road / "resumed/log.csv", "loss") == log_column(road / "whole/log.csv", "loss")
+    assert len(log_column(road / "whole/log.csv", "loss")) == 8
+
+
+def test_gpt_learns(road):
+    losses = log_column(road / "gpt/log.csv", "val_loss")
+    assert abs(losses[0] - np.log(fineweb.get_tokenizer(str(road / "tokens/tokenizer.tiktoken")).n_vocab)) < 0.1 and losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("script, column", [(GPT_RUN, "loss"), (CAPTION_RUN + " dropout=0.0", "loss")])
+def test_two_processes_equal_one(road, script, column):
+    name = script.split(".")[0]
+    run(f"{script} out_dir=one_{name}", road)
+    run(f"{script} out_dir=two_{name}", road, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), env=dict(OMP_NUM_THREADS="1"))
+    np.testing.assert_allclose(log_column(road / f"one_{name}/log.csv", column), log_column(road / f"two_{name}/log.csv", column), atol=1e-4)
+
+
+def test_cut_checkpoint_is_refused(road, capsys):
+    path = road / "cut.pt"
+    path.write_bytes((road / "gpt/ckpt.pt").read_bytes()[:5000])
+    with pytest.raises(SystemExit):
+        train_gpt2.load_checkpoint(str(path))
+    assert "cut short" in capsys.readouterr().err
+
+
+# ---- pictures (coco.py)
+
+
+def test_shapes_are_reproducible_and_splits_share_no_scene(road, tmp_path):
+    coco.draw_shapes(str(tmp_path), 200, seed=1337)
+    for split in coco.SPLITS:
+        name = f"annotations/captions_{split}.json"
+        assert (tmp_path / name).read_bytes() == (road / "shapes" / name).read_bytes()
+        assert (tmp_path / split / "000003.jpg").read_bytes() == (road / "shapes" / split / "000003.jpg").read_bytes()
+    train, val = ({frozenset(coco.true_captions(image["scene"])[0]) for image in coco.load_captions(str(tmp_path), split)[0]} for split in coco.SPLITS)
+    assert train and val and not train & val
+
+
+def test_scene_captions_are_five_true_and_different_ones(road):
+    images, captions = coco.load_captions(str(road / "shapes"), "val2017")
+    for image, said in zip(images, captions):
+        patterns = coco.true_captions(image["scene"])
+        assert len(said) == 5 and len({next(k for k, p in enumerate(patterns) if s in p) for s in said}) == 5
+    assert coco.share_right(images, [said[0] for said in captions]) == 1
+    assert coco.share_right(images, [said[0] for said in captions[1:] + captions[:1]]) < 0.2
+
+
+def test_scene_is_drawn_where_and_as_its_caption_says():
+    rng = random.Random(0)
+    for _ in range(200):
+        scene = coco.random_scene(rng)
+        pixels = np.asarray(coco.draw_scene(rng, scene)).astype(int)
+        centres = {}
+        for size, colour, _ in scene["objects"]:
+            near = np.abs(pixels - coco.COLOURS[colour]).max(2) < 40
+            if sum(c == colour for _, c, _ in scene["objects"]) == 1:
+                y, x = np.nonzero(near)
+                centres[colour] = x.mean(), y.mean()
+                assert (len(x) > 170) == (size == "large"), (scene, len(x))
+        if len(scene["objects"]) == len(centres) == 2:
+            (x1, y1), (x2, y2) = (centres[colour] for _, colour, _ in scene["objects"])
+            dx, dy = coco.PLACES[scene["place"]][2:]
+            assert (x1 - x2) * dx + (y1 - y2) * dy > 10 and max(abs(x1 - x2) * abs(dy), abs(y1 - y2) * abs(dx)) < 15
+
+
+def test_patches_are_the_pixels_row_by_row():
+    pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    tokens = coco.Patches()(pixels)
+    assert tokens.shape == (2, 64, 194)
+    torch.testing.assert_close(tokens[1, 8 * 2 + 5, :192], pixels[1, 16:24, 40:48].reshape(-1) / 127.5 - 1)
+    assert tokens[0, 7, 192:].tolist() == [-1, 1] and tokens[0, 56, 192:].tolist() == [1, -1]  # (row, column)
+
+
+def test_features_row_i_is_image_i(road):
+    images, _ = coco.load_captions(str(road / "shapes"), "val2017")
+    features, about = coco.load_features(str(road / "shapes"), "patches", "val2017", len(images))
+    eye = coco.Patches()
+    for i in (0, len(images) - 1):
+        one = coco.encode(eye, [eye.prepare(coco.open_image(str(road / "shapes/val2017" / images[i]["file_name"])))])
+        assert np.array_equal(features[i], one[0])
+    assert about["encoder"] == "patches" and features.dtype == np.float16
+
+
+def test_tagger_learns_what_captions_speak_of(road, tmp_path):
+    for part in ("train2017", "annotations"):
+        shutil.copytree(road / "shapes" / part, tmp_path / part)
+    os.mkdir(tmp_path / "features")
+    losses = coco.teach_tagger(str(tmp_path), steps=30, seed=0, B=16)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    eye = coco.load_encoder("tagger", str(tmp_path))
+    assert coco.encode(eye, [eye.prepare(Image.new("RGB", (300, 200)))]).shape == (1, 64, 128)
+
+
+def test_open_clip_tower_gives_all_tokens():
+    eye = coco.OpenCLIP("ViT-B-32", None).eval()
+    with torch.no_grad():
+        tokens = eye(torch.stack([eye.prepare(Image.new("RGB", (320, 240), "red"))]))
+    assert tokens.shape == (1, 50, 768)
+    torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 50), atol=1e-4, rtol=0)  # post-layernorm applied
+
+
+# ---- the captioner (train_caption.py)
+
+
+def test_trainable_parameters_at_real_size():
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig())
+        count = {name: sum(p.numel() for p in Captioner(gpt, fusion, every, 768).parameters() if p.requires_grad)
+                 for name, fusion, every in (("1", "xattn", 1), ("2", "xattn", 2), ("4", "xattn", 4), ("linear", "linear", 1))}
+    block, projection = 7_082_498 + 4 * 768, 768 * 769 + 2 * 768  # 12 C^2 + biases + norms + 2 gates
+    assert abs(block - 7.085e6) < 1e4
+    assert [round(count[k] / 1e6, 1) for k in ("1", "2", "4")] == [85.6, 43.1, 21.9]
+    assert count["1"] - count["2"] == 6 * (count["2"] - count["4"]) / 3
+    assert count["linear"] == 768 * 769 == 590_592
+    assert projection < count["4"]
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_gates_at_zero_leave_the_gpt_as_it_was(every):
+    model = Captioner(small_gpt(), "xattn", every, 24).eval()
+    idx, features = torch.randint(0, 101, (2, 12)), torch.randn(2, 9, 24)
+    assert torch.equal(model.write(idx, model.look(features)), model.gpt(idx))
+
+
+@pytest.mark.parametrize("fusion", ["xattn", "linear", "qformer"])
+def test_captioner_without_a_picture_is_the_gpt(fusion):
+    model, idx = open_eyed(fusion), torch.randint(0, 101, (2, 12))
+    assert torch.equal(model.write(idx), model.gpt(idx))
+    assert not torch.allclose(model.write(idx, model.look(torch.randn(2, 9, 24))), model.gpt(idx), atol=1e-2)
+
+
+@pytest.mark.parametrize("fusion, every", [("xattn", 1), ("xattn", 2), ("linear", 1), ("qformer", 1)])
+def test_cached_captions_equal_recomputed_ones(fusion, every):
+    model, features, bos = open_eyed(fusion, every), torch.randn(3, 9, 24), 100
+    plain = torch.full((3, 1), bos)
+    with torch.no_grad():
+        for _ in range(15):
+            plain = torch.cat([plain, model.write(plain, model.look(features))[:, -1:].argmax(-1)], 1)
+    cached = model.generate(features, bos, 15)
+    for ours, full in zip(cached.tolist(), plain[:, 1:].tolist()):
+        end = full.index(bos) + 1 if bos in full else 15
+        assert ours[:end] == full[:end] and set(ours[end:]) <= {bos}
+
+
+@pytest.mark.parametrize("fusion", ["xattn", "linear", "qformer"])
+def test_first_word_is_trained_and_depends_on_the_picture(fusion):
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
+    captions = TokenizedCaptions([["the cat"], ["a dog , a cat"]], tokenizer, 40)
+    idx, targets = captions.batch([0, 1], "cpu")
+    assert (idx[:, 0] == tokenizer.eot_token).all() and targets[0, 0] == tokenizer.encode_ordinary("the")[0]
+    assert targets[0, 2] == tokenizer.eot_token and (targets[0, 3:] == -100).all()  # EOS is learned, padding is not
+    model = Captioner(small_gpt(vocab_size=tokenizer.n_vocab), fusion, 1, 24).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("gate"):
+                p.fill_(0.5)
+    features = torch.randn(2, 9, 24, requires_grad=True)
+    only_first = targets.clone()
+    only_first[:, 1:] = -100
+    model(idx, features, only_first).backward()
+    assert features.grad.abs().sum() > 0 and all(p.grad is None for p in model.gpt.parameters())
+
+
+def test_summed_loss_is_cross_entropy_of_caption_and_eos():
+    model, idx = open_eyed("linear"), torch.randint(0, 101, (2, 6))
+    targets = torch.randint(0, 101, (2, 6))
+    targets[1, 3:] = -100
+    features = torch.randn(2, 9, 24)
+    logp = model.write(idx, model.look(features)).log_softmax(-1)
+    plain = -sum(logp[b, t, targets[b, t]] for b in range(2) for t in range(6) if targets[b, t] >= 0)
+    torch.testing.assert_close(model(idx, features, targets), plain)
+
+
+def test_long_captions_are_cut_and_counted():
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
+    captions = TokenizedCaptions([["the cat " * 30, "a dog"]], tokenizer, 10)
+    assert captions.cut == 1 and captions.batch([0], "cpu")[0].shape == (1, 11)
+
+
+def test_training_batches_show_each_image_once_an_epoch():
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
+    captions = TokenizedCaptions([["a", "b", "c"][:1 + i % 3] for i in range(10)], tokenizer, 10)
+    images = np.concatenate([training_batch(step, 4, captions, seed=5)[0] for step in range(10)])  # 4 epochs
+    chosen = np.concatenate([training_batch(step, 4, captions, seed=5)[1] for step in range(10)])
+    assert all(sorted(images[e:e + 10]) == list(range(10)) for e in range(0, 40, 10))
+    assert all(captions.of_image[i] <= c < captions.of_image[i + 1] for i, c in zip(images, chosen))
+    assert len(set(chosen)) > 10  # other captions in other epochs
+
+
+def test_perplexity_is_of_all_tokens_whatever_the_batch():
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
+    captions = TokenizedCaptions([["the cat", "a dog , a cat and 2 birds"], ["the dog's mat"]], tokenizer, 40)
+    model = Captioner(small_gpt(vocab_size=tokenizer.n_vocab, scale=3), "linear", 1, 24).eval()
+    features = np.random.default_rng(0).normal(size=(2, 9, 24)).astype(np.float16)
+    whole = train_caption.perplexity(model, features, captions, ALONE)
+    assert whole == pytest.approx(train_caption.perplexity(model, features, captions, ALONE, batch_size=1), rel=1e-4)
+    assert whole != pytest.approx(train_caption.perplexity(model, features, captions, ALONE, sight="wrong"), rel=1e-3)
+
+
+@pytest.fixture(scope="session")
+def trained(road):
+    run(f"{CAPTION_RUN} out_dir=out/caption_whole min_lr=3e-3", road)
+    return road
+
+
+def test_caption_run_leaves_what_it_promises(trained):
+    results = json.load(open(trained / "out/caption_whole/results.json"))
+    assert {"fusion", "every", "trainable", "total", "perplexity", "CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "settings"} <= set(results)
+    assert results["perplexity"] < results["perplexity_no_picture"]
+    images, references = coco.load_captions(str(trained / "shapes"), "val2017")
+    said = json.load(open(trained / "out/caption_whole/captions_val2017.json"))
+    assert [entry["image_id"] for entry in said] == [image["id"] for image in images]
+    scores, _ = cider.evaluate([entry["caption"] for entry in said], references)
+    assert {k: results[k] for k in scores} == scores
+    for name in ("captions.png", "curves.png", "attention.png"):
+        assert Image.open(trained / "out/caption_whole" / name).size[0] > 300
+    assert not [name for name in os.listdir(trained / "out/caption_whole") if name.endswith(".tmp")]
+
+
+def test_captioner_resumes_exactly(trained):
+    run(f"{CAPTION_RUN} out_dir=half max_steps=4 min_lr=3e-3", trained)
+    run(f"{CAPTION_RUN} out_dir=half min_lr=3e-3 init_from=resume", trained)
+    for column in ("loss", "perplexity"):
+        assert log_column(trained / "half/log.csv", column) == log_column(trained / "out/caption_whole/log.csv", column)
+
+
+def test_image_mode_captions_pictures(trained):
+    said = run("train_caption.py image=shapes/val2017/000001.jpg,shapes/val2017/000002.jpg temperature=0", trained)
+    assert said.count("shapes/val2017/00000") == 2 and os.path.exists(trained / "out/caption_whole/image.png")
+
+
+@pytest.mark.parametrize("fusion", ["linear", "qformer"])
+def test_prefix_bridges_train(road, fusion):
+    run(f"{CAPTION_RUN} out_dir=run_{fusion} fusion={fusion}", road)
+    results = json.load(open(road / f"run_{fusion}/results.json"))
+    assert results["fusion"] == fusion and results["perplexity"] < results["perplexity_no_picture"]
+
+
+@pytest.mark.parametrize("command, hint", [
+    ("train_caption.py evry=2", "did you mean 'every'"),
+    ("train_caption.py every=two", "whole number"),
+    ("train_caption.py data=nowhere", "no such folder"),
+    ("train_caption.py data=badjson gpt=gpt/ckpt.pt", "not a COCO captions file"),
+    ("train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=absent", "coco.py data=shapes encoder=absent"),
+    ("train_caption.py data=rows gpt=gpt/ckpt.pt encoder=patches", "200 images"),
+    ("train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=patches init_from=resume out_dir=other_shape", "of another shape"),
+    ("train_caption.py data=shapes gpt=nothing.pt encoder=patches", "nothing.pt"),
+    ("train_caption.py image=broken.jpg", "broken.jpg is not a readable picture"),
+    ("coco.py data=broken_picture encoder=patches", "000002.jpg is not a readable picture"),
+    ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3 total_batch_size=512", "not a multiple"),
+    ("train_gpt2.py data=nowhere", "fineweb.py"),
+    ("fineweb.py text=nowhere.txt", "nowhere.txt"),
+])
+def test_bad_input_ends_with_one_line(trained, command, hint):
+    os.makedirs(trained / "badjson/annotations", exist_ok=True)
+    for split in coco.SPLITS:
+        (trained / f"badjson/annotations/captions_{split}.json").write_text('{"pictures": []}')
+    for folder in ("rows", "broken_picture"):
+        shutil.copytree(trained / "shapes", trained / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("features"))
+    os.makedirs(trained / "rows/features", exist_ok=True)
+    np.save(trained / "rows/features/patches_train2017.npy", np.zeros((150, 64, 194), np.float16))
+    (trained / "broken_picture/train2017/000002.jpg").write_bytes(b"not a jpeg")
+    (trained / "broken.jpg").write_bytes(b"not a jpeg")
+    os.makedirs(trained / "other_shape", exist_ok=True)
+    checkpoint = train_gpt2.load_checkpoint(str(trained / "out/caption_whole/ckpt.pt"))
+    checkpoint["model"]["project.0.weight"] = torch.zeros(7, 7)
+    torch.save(checkpoint, trained / "other_shape/ckpt.pt")
+    before = {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}
+    assert hint in run(command, trained, ok=False)
+    assert before == {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}  # nothing half-written
