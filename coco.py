@@ -21,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 import zipfile
 from collections import Counter
@@ -307,13 +308,18 @@ def teach_tagger(data, steps, seed, B=48, peak=4e-3):
 
 def mend_torchvision():
     """
-    A CPU build of torch beside PyPI's CUDA build of torchvision can't load torchvision's compiled half, and says
-    "operator torchvision::nms does not exist". Nobody here needs that half: naming the operator is enough to import the rest.
+    Makes `import torchvision` work where a CPU build of torch stands beside PyPI's CUDA build of torchvision: its compiled half can't load
+    there, and the import ends with "operator torchvision::nms does not exist". Nobody here calls those operators; that they have a name is enough.
     """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    while True:
+        try:
+            import torchvision  # noqa: F401
+            return
+        except RuntimeError as problem:
+            missing = re.search(r"operator (torchvision::\w+) does not exist", str(problem))
+            if not missing:
+                raise
+            torch.library.define(missing[1], "() -> ()")
 
 
 class OpenCLIP(nn.Module):

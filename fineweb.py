@@ -51,7 +51,7 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 
 def die(message):
     """Ends the run with one line for a person, and exit code 2."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)  # the newline parts it from a progress bar that may stand there
     sys.exit(2)
 
 
@@ -148,7 +148,7 @@ def download(url, path, tries=8):
                 total = have + int(length) if length and "Content-Encoding" not in answer.headers else None
                 with open(part, "ab" if have else "wb") as f, tqdm(
                         total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), mininterval=1) as bar:
-                    for chunk in answer.iter_content(1 << 20):
+                    for chunk in answer.iter_content(1 << 16):  # what is cut off is lost, but for whole chunks
                         f.write(chunk)
                         bar.update(len(chunk))
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as problem:

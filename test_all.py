@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_configure_names_what_is_wrong(word, hint, capsys):
     with pytest.raises(SystemExit) as stop:
         configured([word])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and hint in said and said.count("\n") == 1
+    assert stop.value.code == 2 and hint in said and said.strip().count("\n") == 0
 
 
 def test_help_lists_settings_with_their_comments(tmp_path):
@@ -154,7 +155,7 @@ def flaky(monkeypatch):
 def test_download_goes_on_where_it_was_cut(flaky, tmp_path):
     path = fineweb.download(f"{flaky}/file", str(tmp_path / "new" / "file"))
     assert open(path, "rb").read() == Flaky.BODY
-    assert Flaky.asked == [0, 0, 100_000, 200_000]  # 503, cut, cut and a lie, the rest
+    assert Flaky.asked == [0, 0, 65_536, 131_072]  # 503; cut; cut, and a lie about the length; the rest
     assert os.listdir(tmp_path / "new") == ["file"]
 
 
@@ -178,7 +179,7 @@ def test_shards_hold_every_document_opened_by_eot_and_survive_a_kill(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
     command = "fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size=150 data="
     run(command + "whole", tmp_path)
-    shards = sorted(p for p in os.listdir(tmp_path / "whole") if p.endswith(".npy"))
+    shards = sorted((p for p in os.listdir(tmp_path / "whole") if p.endswith(".npy")), key=lambda p: p[-10:])
     assert shards[0] == "edufineweb_val_000000.npy" and shards[1] == "edufineweb_train_000001.npy"
     tokens = np.concatenate([np.load(tmp_path / "whole" / p) for p in shards])
     tokenizer = fineweb.get_tokenizer(str(tmp_path / "whole" / "tokenizer.tiktoken"))
@@ -317,6 +318,146 @@ def test_cut_checkpoint_is_refused(road, capsys):
     assert "cut short" in capsys.readouterr().err
 
 
+# ---- scores (cider.py)
+
+# captions, and what the Java program in coco-caption (CoreNLP 3.4.1) makes of each before a next line
+CIDER_TOKENS = """
+A man riding a wave, on top of a surfboard. | a man riding a wave on top of a surfboard
+Two dogs; one "big" cat! the dog's bowl and the dogs' bowls | two dogs one big cat the dog 's bowl and the dogs bowls
+they're, we've, I'd, she'll, I'm A dog.The cat, dog,cat | they 're we 've i 'd she 'll i 'm a dog.the cat dog cat
+They can't, won't and DON'T. vitamin C. The dog, J. Crew | they ca n't wo n't and do n't vitamin c the dog j. crew
+She cannot, gonna, gotta, lemme, gimme, wanna | she can not gon na got ta lem me gim me wan na
+cannot-do gonnas snow-covered, black-and-white T-shirt | cannot-do gonnas snow-covered black-and-white t-shirt
+and/or w/o a/b/c dog/ black-white/red | and/or w/o a/b/c dog / black-white/red
+a (big) dog [on] {sale} | a -lrb- big -rrb- dog -lsb- on -rsb- -lcb- sale -rcb-
+U.S. Ave. st. etc. Mr. Smith p.m. Blvd. | u.s. ave. st. etc. mr. smith p.m. blvd.
+wash. ill. ore. Wash. Ill. no. oz. I. A. B. T.V. T.V T.V.'s | wash ill ore wash. ill. no oz i. a. b. t.v. t.v t.v. 's
+no. 5 No.2 fig. 3 pp. 4 no. five | no. 5 no. 2 fig. 3 pp. 4 no five
+1950s 8th 3-D 2x4s 5pm 5:30pm 1,000 $5.00 | 1950s 8th 3-d 2x4s 5pm 5:30 pm 1,000 $ 5.00
+5+5 -5 .50 12-25-2012 5.5lb 1½ cups ⅔ full 5¢ £5 €5 | 5 +5 -5 .50 12-25-2012 5.5 lb 1 1/2 cups 2/3 full 5 cents # 5 $ 5
+#1 fan #hashtag @dog 50% AT&T R&B C++ C# US$5 | # 1 fan #hashtag @dog 50 % at&t r&b c++ c# us$ 5
+www.dog.com dog.org/cat me@dog.net http://dog.com/a?b. | www.dog.com dog.org/cat me@dog.net http://dog.com/a?b
+d'oeuvres O'Neill ma'am o'clock rock 'n' roll y'all | d'oeuvres o'neill ma'am o'clock rock 'n' roll y' all
+'tis the '80s, '57 Chevy 'til dawn, 'em | 't is the '80s '57 chevy 'til dawn 'em
+a dog’s “bowl” don’t ‘stop’ a - b -- c --- d ---- e ----- f – g — h | a dog 's bowl do n't stop a b c d e ----- f g h
+dog... dog.. .... dog … dog !! ?? ?! ! ? | dog dog dog dog !! ?? ?!
+:) ;-D ^_^ (-_-) :-( dog., ab-cd.; Yahoo!'s a!b a?b | :-rrb- ;-d ^_^ -lrb--_--rrb- :--lrb- dog. ab-cd. yahoo 's a!b a?b
+<br/> <b>bold</b> a < b > c << >> | <br/> <b> bold </b> a < b > c << >>
+dog&nbsp;cat &amp; &gt; &mdash; caf&eacute; &quot;x&quot; | dog cat & > caf&eacute; x
+café naïve crème-brûlée straße Русский 日本語. عربي | café naïve crème-brûlée straße русский 日本語 عربي
+dog😀cat ★★ Coke® soft­hyphen → × ° | dog cat ★ ★ coke ® softhyphen → × °
+U.S.-made non-U.S. 1,000-foot a.m.-p.m. a,b-c | u.s.-made non-u.s. 1,000-foot a.m.-p.m. a,b-c
+22 3/4 St call 555 123 4567 (555) 123-4567 <dog cat> | 22~3/4 st call 555~123~4567 -lrb-555-rrb-~123-4567 <dog~cat>
+""".strip().split("\n")
+
+
+def test_cider_tokens_are_the_references():
+    captions, wanted = zip(*(line.split(" | ") for line in CIDER_TOKENS))
+    tokens = cider.tokenize([line for caption in captions for line in (caption, "zz")])[::2]
+    assert [" ".join(words).replace("\xa0", "~") for words in tokens] == list(wanted)
+
+
+def test_cider_tokens_depend_on_the_next_caption():
+    for captions, wanted in (
+            (["letter X.", "The dog"], "letter x"), (["letter X.", " ", "An owl "], "letter x"), (["3", "1/2 x"], "3"),
+            (["letter X.", "the dog"], "letter x."), (["a\r\nb\u2028c\n", "x"], "a b c"), (["<dog", "cat> x"], "< dog"),
+            (["no.", "5 x"], "no."), (["no.", "", "5 x"], "no"), (["it 'll"], "it ll"), (["it 'll", "x"], "it 'll")):
+        assert cider.tokenize(captions)[0] == wanted.split(), captions
+
+
+def test_cider_tokenizes_any_string_in_linear_time():
+    rng = random.Random(0)
+    strange = ["".join(chr(rng.randrange(0x3000)) for _ in range(rng.randrange(60))) for _ in range(500)] + ["\ud800"]
+    assert len(cider.tokenize(strange)) == len(strange) and cider.tokenize([]) == []
+    for piece in ("a", ".", "a.", "'", "1/", "-", " ", "(", "a,", "a+", "1-", "<a ", "a@.", "x. ", "12 345 ", "é"):
+        start = time.perf_counter()
+        cider.tokenize([piece * (100_000 // len(piece)), "zz"])
+        assert time.perf_counter() - start < 10, piece  # about 0.1 s; minutes if it were quadratic
+
+
+def random_images(rng, images):
+    words = "a the dog cat on beach red sits , 's n't 22\xa03/4 big".split(" ")
+    sentence = lambda: [rng.choice(words) for _ in range(rng.choice((0, 1, 2, 3, 5, 8, 12, 30)))]
+    references = [[sentence() for _ in range(rng.randrange(1, 8))] for _ in range(images)]
+    references[0].append(["a", "dog"])  # as all references empty is an error
+    return [sentence() for _ in references], references
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cider_scores_are_pycocoevalcaps(seed):
+    pytest.importorskip("pycocoevalcap")
+    from pycocoevalcap.eval import Bleu, Cider, Rouge
+
+    candidates, references = random_images(random.Random(seed), (1, 2, 3, 10, 60)[seed % 5])
+    scores, per_image = cider.evaluate(candidates, references, tokenized=True)
+    both = [{i: list(map(" ".join, row)) for i, row in enumerate(side)} for side in (references, zip(candidates))]
+    overall, each = Bleu(4).compute_score(*both, verbose=0)
+    wanted = {f"Bleu_{n + 1}": (overall[n], each[n]) for n in range(4)}
+    wanted |= dict(CIDEr=Cider().compute_score(*both), ROUGE_L=Rouge().compute_score(*both))
+    assert set(wanted) == set(scores) == set(per_image)
+    for metric, (overall, each) in wanted.items():
+        np.testing.assert_allclose([scores[metric], *per_image[metric]], [overall, *each], rtol=0, atol=1e-9)
+
+
+def test_cider_with_given_frequencies():
+    candidates, references = random_images(random.Random(1), 50)
+    df = cider.document_frequencies(references)
+    assert df[()] == 50 and df["a",] == sum(any("a" in ref for ref in refs) for refs in references)
+    whole = cider.cider(candidates, references)  # a batch with its corpus's frequencies scores as it does in the corpus
+    np.testing.assert_allclose(cider.cider(candidates[7:9], references[7:9], df), whole[7:9], rtol=0, atol=1e-12)
+
+
+def test_cider_misuse_names_the_image():
+    for candidates, references, words in (
+            (["a"], [["a"], ["b"]], "1 candidates"), ([], [], "0 candidates"), (["a", "b"], [["a"], []], "image 1"),
+            (["a", 3], [["a"], ["b"]], "image 1"), (["a", "b"], [["a"], "b"], "image 1"), (["a"], [["."]], "empty")):
+        with pytest.raises(ValueError, match=words):
+            cider.evaluate(candidates, references)
+
+
+def test_cider_command_line(tmp_path):
+    def judge(*argv):
+        return subprocess.run([sys.executable, cider.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
+
+    references = {2: ["Two birds.", "birds in a tree"], 0: ["A dog runs.", "the dog is running"], 1: ["A cat sits"]}
+    results = [dict(image_id=i, caption=caption) for i, caption in enumerate(("a dog runs", "a dog", "two birds"))]
+    rows = [dict(image_id=i, caption=caption) for i in range(3) for caption in references[i]]
+    (tmp_path / "captions.json").write_text(json.dumps(dict(images=[dict(id=i) for i in references], annotations=rows)))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    done = judge("results.json", "captions.json", "show=1", "out=scores.json")
+    scores, _ = cider.evaluate(["two birds", "a dog runs", "a dog"], list(references.values()))
+    assert done.returncode == 0 and all(f"{100 * score:.2f}  {score:.4f}" in done.stdout for score in scores.values())
+    assert "'a dog'" in done.stdout and "'two birds'" not in done.stdout  # the worst is shown, the second is not
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [2, 0, 1]
+    both = ["bad.json", "captions.json"]
+    for bad, argv, words in ((results[:1], both, "2 images of captions.json have no caption"),
+                             (results + [dict(image_id=9, caption="a")], both, "image_id 9"),
+                             (results + results[2:], both, "more than one caption"),
+                             ([dict(image_id=0, caption=3)], both, "not a COCO results file"),
+                             ([], ["results.json"], "give a results file"), ([], ["none.json", both[1]], "none.json"),
+                             ([], ["results.json", "captions.json", "out=no/s.json"], "no/s.json")):
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        done = judge(*argv)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.strip().count("\n") == 0 and words in done.stderr
+
+
+@needs_shared
+def test_cider_oracle():
+    battery = json.load(open(os.path.join(SHARED, "metrics", "ptb_battery_open.json"), encoding="utf-8"))
+    assert [" ".join(words) for words in cider.tokenize(battery["captions"])] == battery["tokens"]
+    assert [" ".join(cider.tokenize([caption])[0]) for caption in battery["captions"]] == battery["alone"]
+    for name, case in json.load(open(os.path.join(SHARED, "metrics", "oracle_open.json"), encoding="utf-8")).items():
+        candidates, references = zip(*((image["cand"], image["refs"]) for image in case["images"]))
+        tokens, reference_tokens = cider.tokenize_all(candidates, references)
+        assert [" ".join(words) for words in tokens] == case["cand_tokens"], name
+        assert [[" ".join(words) for words in refs] for refs in reference_tokens] == case["ref_tokens"], name
+        scores, per_image = cider.evaluate(candidates, references)
+        for metric in scores:
+            ours, theirs = (scores[metric], *per_image[metric]), (case["overall"][metric], *case["per_image"][metric])
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9, err_msg=f"{name} {metric}")
+
+
 # ---- pictures (coco.py)
 
 
@@ -350,7 +491,8 @@ def test_scene_is_drawn_where_and_as_its_caption_says():
             if sum(c == colour for _, c, _ in scene["objects"]) == 1:
                 y, x = np.nonzero(near)
                 centres[colour] = x.mean(), y.mean()
-                assert (len(x) > 170) == (size == "large"), (scene, len(x))
+                radius = ((x.max() - x.min() + 1) + (y.max() - y.min() + 1)) / 4
+                assert abs(radius - coco.SIZES[size]) < 3.5, (scene, radius)
         if len(scene["objects"]) == len(centres) == 2:
             (x1, y1), (x2, y2) = (centres[colour] for _, colour, _ in scene["objects"])
             dx, dy = coco.PLACES[scene["place"]][2:]
@@ -380,7 +522,7 @@ def test_tagger_learns_what_captions_speak_of(road, tmp_path):
         shutil.copytree(road / "shapes" / part, tmp_path / part)
     os.mkdir(tmp_path / "features")
     losses = coco.teach_tagger(str(tmp_path), steps=30, seed=0, B=16)
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
     eye = coco.load_encoder("tagger", str(tmp_path))
     assert coco.encode(eye, [eye.prepare(Image.new("RGB", (300, 200)))]).shape == (1, 64, 128)
 
