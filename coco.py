@@ -116,18 +116,18 @@ def open_image(path):
 
 
 def download_coco(data):
-    """Fetches and unpacks COCO 2017: 118,287 training and 5,000 validation pictures, 19 GB of zip files."""
+    """Fetches and unpacks COCO 2017: 118,287 training and 5,000 validation pictures, 19 GB of zip files. Goes on where it was interrupted."""
     for name, url in (("annotations", "annotations/annotations_trainval2017.zip"), *((s, f"zips/{s}.zip") for s in SPLITS)):
-        if os.path.exists(os.path.join(data, name, ".complete")):
-            continue
-        path = download(f"http://images.cocodataset.org/{url}", os.path.join(data, os.path.basename(url)))
+        path = os.path.join(data, os.path.basename(url))
+        if os.path.isdir(os.path.join(data, name)) and not os.path.exists(path):
+            continue  # a zip is removed once it is unpacked
+        download(f"http://images.cocodataset.org/{url}", path)
         try:
             with zipfile.ZipFile(path) as z:
                 for member in tqdm(z.namelist(), desc=f"unpacking {name}", mininterval=1):
                     z.extract(member, data)  # extract() drops '..' and absolute paths from members' names
         except zipfile.BadZipFile as problem:
             die(f"{path} is damaged ({problem}): delete it and run the same command again")
-        open(os.path.join(data, name, ".complete"), "w").close()
         os.remove(path)
 
 
@@ -395,7 +395,7 @@ if __name__ == "__main__":
         if have:
             die(f"{data} holds a data set already: take another data=, or leave out shapes= to encode that one")
         draw_shapes(data, shapes, seed)
-    elif not have and data == "data/coco2017":
+    elif data == "data/coco2017":
         download_coco(data)
     for split in SPLITS:
         images, captions = load_captions(data, split)

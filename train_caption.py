@@ -21,6 +21,7 @@ import glob
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -289,13 +290,12 @@ def draw_captions(path, pictures, titles, columns=4):
     import textwrap
 
     rows = math.ceil(len(pictures) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.9 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.9 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, picture, title in zip(axes.flat, pictures, titles):
         ax.imshow(picture)
         ax.set_title("\n".join(textwrap.fill(line, 38) for line in title.split("\n")), fontsize=8.5)
-    fig.tight_layout()
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
@@ -341,10 +341,9 @@ def results_table(rows):
     return "\n".join(lines)
 
 
-def run(command):
+def run(script, *words):
     """Runs one of our own scripts as a user would, and shows how."""
-    print(f"\n$ python {command}", flush=True)
-    script, *words = command.split()
+    print(f"\n$ python {script} {shlex.join(words)}", flush=True)
     code = subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *words])
     if code:
         sys.exit(code)
@@ -386,7 +385,7 @@ if __name__ == "__main__":
         for number, (what, result, command) in enumerate(SHAPES_ROAD if rank == 0 else (), 1):
             print(f"\n[{number}/5] {what}" + (f": {result} is there already" if os.path.exists(result) else ""), flush=True)
             if not os.path.exists(result):
-                run(command)
+                run(*command.split())
         typed = " ".join(f"{k}={config[k]}" for k in SHAPES_PRESET)
         print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed} fusion={fusion} every={every}", flush=True)
         if world > 1:
@@ -394,11 +393,13 @@ if __name__ == "__main__":
     name = os.path.basename(os.path.normpath(data))
 
     if fusion == "all":
+        if world > 1:
+            die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun")
         folder, rows = out_dir or f"out/caption_{name}_all", []
         for kind, n in VARIANTS:
             mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
             settings = config | dict(fusion=kind, every=n, out_dir=mine)
-            run("train_caption.py " + " ".join(f"{k}={v}" for k, v in settings.items() if v is not None))
+            run("train_caption.py", *(f"{k}={v}" for k, v in settings.items() if v is not None))
             rows.append(json.load(open(f"{mine}/results.json")) | dict(log=f"{mine}/log.csv"))
         save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
         label = {r["log"]: f"xattn every {r['every']}" if r["fusion"] == "xattn" else r["fusion"] for r in rows}

@@ -443,22 +443,25 @@ def curve(rows, column, scale=1):
 
 
 def plot(path, panels):
-    """Draws panels side by side: panels = {title: {label: (xs, ys)}}."""
+    """Draws panels, three in a row: panels = {title: {label: (xs, ys)}}."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4), squeeze=False)
-    for ax, (title, curves) in zip(axes[0], panels.items()):
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    for ax, (title, curves) in zip(axes.flat, panels.items()):
         for label, (xs, ys) in curves.items():
             ax.plot(xs, ys, label=label, marker="o" if len(xs) < 12 else None, markersize=3)
         ax.set_title(title)
+        ax.set_xlabel("step")
         ax.grid(alpha=0.3)
         if len(curves) > 1:
             ax.legend(fontsize=8)
-        ax.set_xlabel("step")
-    fig.tight_layout()
-    fig.savefig(path, dpi=110)
+    fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
