@@ -94,7 +94,7 @@ def load_features(data, encoder, split, n_images):
         die(f"{path} is missing: make it with `python coco.py data={data} encoder={encoder}`")
     try:
         features = np.load(path, mmap_mode="r")
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError, EOFError) as problem:
         die(f"{path} is not a whole .npy file ({problem}): delete it and run `python coco.py data={data} encoder={encoder}`")
     if features.ndim != 3 or len(features) != n_images:
         die(f"{path} has shape {features.shape}, but the captions of {split} belong to {n_images} images: encode again, or use the json it was made from")
@@ -188,7 +188,7 @@ def draw_scene(rng, scene):
     if len(radii) == 1:
         centres = [(32 + dx * 16 + rng.uniform(-3, 3), 32 + dy * 16 + rng.uniform(-3, 3))]
     else:  # along the axis of the relation each keeps to its half of the picture; across it the two nearly line up
-        depth = [rng.uniform(r + 1, max(r + 1, 26 - r / 2)) for r in radii]  # of each centre, from the edge on its side
+        depth = [rng.uniform(r + 1, 31 - r) for r in radii]  # of each centre, from the edge on its side
         along = [d if side < 0 else 64 - d for d, side in zip(depth, (dx + dy, -dx - dy))]
         line, slant = rng.uniform(16, 48), rng.uniform(-5, 5)
         across = [min(max(line + side * slant, r + 1), 63 - r) for side, r in zip((1, -1), radii)]
@@ -290,7 +290,9 @@ def teach_tagger(data, steps, seed, B=48, peak=4e-3):
     torch.manual_seed(seed)
     tagger, rng, losses = Tagger(len(words)), np.random.default_rng(seed), []
     optimizer = torch.optim.AdamW(tagger.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    pictures = torch.stack([tagger.prepare(open_image(os.path.join(data, "train2017", image["file_name"]))) for image in images])  # (N, 64, 64, 3)
+    with ThreadPoolExecutor() as pool:
+        files = [os.path.join(data, "train2017", image["file_name"]) for image in images]
+        pictures = torch.stack(list(pool.map(lambda file: tagger.prepare(open_image(file)), tqdm(files, desc="reading", mininterval=1))))  # (N, 64, 64, 3)
     bar = tqdm(range(steps), desc="teaching the tagger", mininterval=1)
     for step in bar:
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 20, 1 - step / steps)
@@ -344,13 +346,13 @@ class OpenCLIP(nn.Module):
         return self.visual.ln_post(self.tokens)
 
 
-def load_encoder(name, data, pretrained="openai"):
-    """The frozen encoder `name`, ready to look; the tagger's weights are those that were taught on `data`."""
+def load_encoder(name, pretrained="openai", tagger=None):
+    """The frozen encoder `name`, ready to look. `pretrained` is for open_clip; `tagger`, the weights that were taught."""
     if name == "patches":
         eye = Patches()
     elif name == "tagger":
-        eye, path = Tagger(), os.path.join(data, "features", "tagger.pt")
-        load_weights(eye, load_checkpoint(path), path)
+        eye = Tagger()
+        load_weights(eye, tagger, "the tagger")
     else:
         eye = OpenCLIP(name, pretrained)
     return eye.eval().requires_grad_(False)
@@ -403,10 +405,16 @@ if __name__ == "__main__":
     if encoder != "none":
         _, _, device, autocast = setup(device, dtype)
         os.makedirs(os.path.join(data, "features"), exist_ok=True)
-        if encoder == "tagger" and not os.path.exists(os.path.join(data, "features", "tagger.pt")):
+        taught = os.path.join(data, "features", "tagger.pt")
+        if encoder == "tagger" and not os.path.exists(taught):
             teach_tagger(data, teach_steps, seed)
-        eye = load_encoder(encoder, data, pretrained).to(device)
+        eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None).to(device)
         for split in SPLITS:
-            if not os.path.exists(features_file(data, encoder, split)):
+            if os.path.exists(features_file(data, encoder, split)):
+                _, about = load_features(data, encoder, split, len(load_captions(data, split)[0]))
+                if about.get("pretrained", pretrained) != pretrained:
+                    die(f"{features_file(data, encoder, split)} was made with pretrained={about['pretrained']}: delete it to encode anew")
+                print(f"{features_file(data, encoder, split)} is there already")
+            else:
                 encode_split(data, split, encoder, eye, batch_size, device, autocast)
     print(f"done in {time.time() - t0:.0f} s")

@@ -86,11 +86,13 @@ def configure(settings, preset={}, positional=(), argv=None):
         default = defaults[name]
         kind = type(settings[name] if default is None else default)
         try:  # ast.literal_eval reads 1e-3, 1_000, True and None as Python does; what it can't read is a string
-            parsed = value if kind is str else ast.literal_eval(value)
+            parsed = value if kind is str else ast.literal_eval(value.title() if value in ("true", "false") else value)
         except (ValueError, SyntaxError):
             parsed = value
         if kind is float and type(parsed) is int:
             parsed = float(parsed)
+        elif kind is not float and type(parsed) is float and parsed.is_integer():
+            parsed = int(parsed)  # max_tokens=1e9
         if default is not None and type(parsed) is not kind:
             die(f"{name}={value}: {name} takes {dict(int='a whole number', float='a number', bool='True or False')[kind.__name__]}, "
                 f"such as {name}={default}")
@@ -111,7 +113,7 @@ def download(url, path, tries=8):
     """
     Fetches `url` into the file `path` and returns `path`; a file that is there already is not fetched again.
     A cut connection, a 429 or a 5xx is tried again after a pause that doubles, going on at the byte where it stopped.
-    The file appears under its name only when it is whole. HF_TOKEN is sent to the Hugging Face hub and to nobody else.
+    The file appears under its name only when it is whole. HF_TOKEN is sent to the hub (or its mirror, HF_ENDPOINT) and to nobody else.
     """
     if os.path.exists(path):
         return path
@@ -185,6 +187,8 @@ def get_tokenizer(source="gpt2"):
         except Exception as problem:  # tiktoken passes on whatever its download raises
             die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): "
                 "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    if "\n" not in source and not os.path.isfile(source):
+        die(f"tokenizer {source}: gpt2, or a .tiktoken file, and there is no such file")
     lines = source if "\n" in source else open(source).read()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines.splitlines())}
     return tiktoken.Encoding("learned", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
@@ -253,7 +257,10 @@ def read_documents(paths):
             with open(path, encoding="utf-8", errors="replace") as f:
                 for line in f:
                     if line.strip():
-                        yield json.loads(line)["text"] if path.endswith(".jsonl") else line.strip()
+                        try:
+                            yield json.loads(line)["text"] if path.endswith(".jsonl") else line.strip()
+                        except (ValueError, KeyError, TypeError):
+                            die(f"{path}: not a json object with a \"text\": {line[:60]!r}")
 
 
 def tokenize(documents, encoding):
@@ -283,16 +290,22 @@ def save_atomically(path, write):
 
 if __name__ == "__main__":
     show(configure(globals()))
+    if max_tokens and max_tokens <= val_tokens:
+        die(f"max_tokens={max_tokens:,} leaves nothing to train on: the first val_tokens={val_tokens:,} are the validation set")
     os.makedirs(data, exist_ok=True)
     paths = text_files(text) if text else fineweb_files()
 
-    if tokenizer == "learn":
-        if not text:
-            die("tokenizer=learn needs text=: it reads the text twice")
+    progress_file = os.path.join(data, "progress.json")
+    same = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens, max_tokens=max_tokens)
+    if tokenizer != "gpt2":  # a vocabulary of its own goes with the shards: train_gpt2.py looks for it there
+        if tokenizer == "learn":
+            same |= dict(vocab_size=vocab_size)
+        if not os.path.exists(progress_file):
+            if tokenizer == "learn" and not text:
+                die("tokenizer=learn needs text=: it reads the text twice")
+            merges = learn_bpe(read_documents(paths), vocab_size) if tokenizer == "learn" else open(tokenizer).read() if os.path.isfile(tokenizer) else die(f"tokenizer={tokenizer}: no such file")
+            save_atomically(os.path.join(data, "tokenizer.tiktoken"), lambda f: f.write(merges.encode()))
         tokenizer = os.path.join(data, "tokenizer.tiktoken")
-        if not os.path.exists(tokenizer):
-            learned = learn_bpe(read_documents(paths), vocab_size)
-            save_atomically(tokenizer, lambda f: f.write(learned.encode()))
     encoding = get_tokenizer(tokenizer)
     if encoding.n_vocab > 2**16:
         die(f"tokenizer={tokenizer} has {encoding.n_vocab:,} tokens: shards hold 16-bit ids, 65,536 at most")
@@ -300,12 +313,10 @@ if __name__ == "__main__":
 
     # A shard's number says where it belongs; progress.json says how many documents went into the shards written so far,
     # and how many tokens of the next document are in them already, so that a second run goes on at that very token.
-    progress_file = os.path.join(data, "progress.json")
-    same = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens, max_tokens=max_tokens)
     progress = json.load(open(progress_file)) if os.path.exists(progress_file) else same | dict(shards=0, documents=0, offset=0, tokens=0)
     for name, value in same.items():
-        if progress[name] != value:
-            die(f"{data} was begun with {name}={progress[name]}, not {value}: use the same settings, another data=, or delete the folder")
+        if progress.get(name) != value:
+            die(f"{data} was begun with {name}={progress.get(name)}, not {value}: use the same settings, another data=, or delete the folder")
     shard, document, skip, total = progress["shards"], progress["documents"], progress["offset"], progress["tokens"]
     if progress.get("done"):
         print(f"{data}: {total:,} tokens in {shard} shards are there already")

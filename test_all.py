@@ -523,7 +523,7 @@ def test_tagger_learns_what_captions_speak_of(road, tmp_path):
     os.mkdir(tmp_path / "features")
     losses = coco.teach_tagger(str(tmp_path), steps=30, seed=0, B=16)
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
-    eye = coco.load_encoder("tagger", str(tmp_path))
+    eye = coco.load_encoder("tagger", tagger=train_gpt2.load_checkpoint(str(tmp_path / "features/tagger.pt")))
     assert coco.encode(eye, [eye.prepare(Image.new("RGB", (300, 200)))]).shape == (1, 64, 128)
 
 
@@ -672,7 +672,18 @@ def test_prefix_bridges_train(road, fusion):
     assert results["fusion"] == fusion and results["perplexity"] < results["perplexity_no_picture"]
 
 
+def test_all_variants_share_one_table(road):
+    said = run(f"{CAPTION_RUN} out_dir=all fusion=all max_steps=2 eval_interval=2", road)
+    rows = json.load(open(road / "all/results.json"))
+    assert [(row["fusion"], row["every"]) for row in rows] == list(train_caption.VARIANTS)
+    assert all(f"{row['trainable']:,}" in said for row in rows) and os.path.exists(road / "all/comparison.png")
+
+
 @pytest.mark.parametrize("command, hint", [
+    ("train_caption.py every=0", "1 or more"),
+    ("train_caption.py data=shapes eval_only=True", "init_from=resume"),
+    ("train_caption.py data=shapes gpt=out/caption_whole/ckpt.pt encoder=patches", "not a checkpoint of train_gpt2.py"),
+    ("train_caption.py image=shapes/val2017/000001.jpg out_dir=gpt", "not a checkpoint of train_caption.py"),
     ("train_caption.py evry=2", "did you mean 'every'"),
     ("train_caption.py every=two", "whole number"),
     ("train_caption.py data=nowhere", "no such folder"),

@@ -1,8 +1,8 @@
 """
 The captioner: a frozen GPT, a frozen eye, and the one thing that is trained, the bridge between them.
 
-    python train_caption.py                                   # nothing prepared: the built-in scenes, end to end, in minutes on a laptop
-    python train_caption.py fusion=all                        # all five bridges side by side
+    python train_caption.py                                   # nothing prepared: the built-in scenes, end to end, in two minutes on a laptop
+    python train_caption.py fusion=all                        # five variants side by side
     python train_caption.py image=a.jpg,b.png                 # caption pictures of your own with the newest run
     python train_caption.py data=data/coco2017 gpt=gpt2       # COCO on one GPU, once `python coco.py` has encoded it
     torchrun --standalone --nproc_per_node=8 train_caption.py data=data/coco2017 gpt=out/gpt2/ckpt.pt
@@ -32,11 +32,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, get_tokenizer, save_atomically, show
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, plot, read_log,
-                        reseed, save_checkpoint, setup, sum_over, take_step)
+                        rank_zero_first, reseed, resume_optimizers, save_checkpoint, setup, sum_over, take_step)
 from cider import evaluate as score
 from coco import encode, load_captions, load_encoder, load_features, open_image, share_right
 
@@ -52,9 +53,9 @@ encoder = "ViT-B-32"        # the frozen eye, whose features coco.py wrote
 fusion = "xattn"            # xattn, linear, qformer; all = train every variant and compare
 every = 1                   # xattn: a gated block before every so-manieth block of the GPT
 n_query = 32                # qformer: how many learned queries
-dropout = 0.1               # on what the bridge makes of the picture
+dropout = 0.1               # xattn, qformer: on what the bridge makes of the picture
 shuffle = False             # give every picture another one's features: what a captioner scores that can't see
-batch_size = 128            # pictures a step, over all processes; each with one of its captions, another one each epoch
+batch_size = 128            # pictures a step, over all processes; each with one of its captions, drawn anew each epoch
 max_length = 40             # longest caption, in tokens; the rest is cut, counted and said
 optimizer = "adamw"         # adamw, or muon for the bridge's matrices
 learning_rate = 2e-4        # the peak
@@ -74,20 +75,21 @@ dtype = None                # bfloat16 or float32 for the matmuls; None = bfloat
 compile = None              # torch.compile the training step; None = on CUDA
 wandb_log = False           # mirror the log to Weights & Biases
 
-# The built-in road for a machine that has nothing prepared: four stages, each a command that you could type, then this script itself
+# The built-in road for a machine that has nothing prepared: four stages, then this script itself. A stage is what it does, the last file that
+# it writes, and its command.
 SHAPES_ROAD = (
-    ("draw scenes, with five captions each", "data/shapes/train_captions.txt",
+    ("draw scenes, with five captions each", "data/shapes/annotations/captions_val2017.json",
      "coco.py data=data/shapes shapes=8000 encoder=none"),
     ("tokenize the captions", "data/shapes/tokens/edufineweb_train_000001.npy",
      "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn val_tokens=20000"),
-    ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/ckpt.pt",
+    ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/loss.png",
      "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 "
-     "optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=250 eval_interval=125 eval_tokens=20000 log_interval=25"),
+     "optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 eval_interval=80 eval_tokens=20000 log_interval=20"),
     ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/tagger_val2017.npy",
      "coco.py data=data/shapes encoder=tagger"),
 )
 SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3, min_lr=4e-4,
-                     warmup_steps=20, weight_decay=0.0, dropout=0.0, max_steps=400, eval_interval=100, log_interval=25)
+                     warmup_steps=20, weight_decay=0.0, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
 VARIANTS = (("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1))  # what fusion=all compares: (fusion, every)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,7 +297,7 @@ def draw_captions(path, pictures, titles, columns=4):
         ax.axis("off")
     for ax, picture, title in zip(axes.flat, pictures, titles):
         ax.imshow(picture)
-        ax.set_title("\n".join(textwrap.fill(line, 38) for line in title.split("\n")), fontsize=8.5)
+        ax.set_title("\n".join(textwrap.fill(line, 38) for line in title.split("\n")), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
@@ -316,8 +318,9 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length):
     best = weights.std(2).mean((1, 2)).argmax()
     for b, row in enumerate(tokens.tolist()):
         words = row[:row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
-        rows.append([(tokenizer.decode([word]).strip(), weights[best, b, t].cpu()) for t, word in enumerate(words)])
-    fig, axes = plt.subplots(len(rows), max(map(len, rows)), figsize=(1.15 * max(map(len, rows)), 1.45 * len(rows)), squeeze=False)
+        rows.append([(tokenizer.decode([word]).strip(), weights[best, b, t].float().cpu()) for t, word in enumerate(words)])
+    longest = max(1, *map(len, rows))
+    fig, axes = plt.subplots(len(rows), longest, figsize=(1.15 * longest, 1.45 * len(rows)), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for line, picture, words in zip(axes, pictures, rows):
@@ -326,7 +329,7 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length):
             heat = weight[len(weight) - grid * grid:].view(grid, grid)  # CLIP's first token is the class token, which is nowhere
             ax.imshow(picture, extent=(0, 1, 0, 1))
             ax.imshow(heat, extent=(0, 1, 0, 1), cmap="inferno", alpha=0.6, interpolation="bilinear")
-            ax.set_title(word, fontsize=9)
+            ax.set_title(word, fontsize=9, parse_math=False)
     fig.suptitle(f"where each word looks (gated block before layer {list(model.gated)[best]})", fontsize=10)
     fig.tight_layout()
     fig.savefig(path, dpi=90)
@@ -344,7 +347,8 @@ def results_table(rows):
 def run(script, *words):
     """Runs one of our own scripts as a user would, and shows how."""
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
-    code = subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *words])
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # also when this is one of torchrun's processes
+    code = subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *words], env=alone)
     if code:
         sys.exit(code)
 
@@ -353,16 +357,29 @@ def run(script, *words):
 
 if __name__ == "__main__":
     config = configure(globals())
+    preset = {}
+    if data is None:
+        preset = dict(data="data/coco2017") if image or os.path.isdir("data/coco2017") else SHAPES_PRESET
+        config = configure(globals(), preset)
+    builtin = preset is SHAPES_PRESET
+    if fusion not in ("xattn", "linear", "qformer", "all"):
+        die(f"fusion={fusion}: xattn, linear, qformer or all")
+    if every < 1 or top_k is not None and top_k < 1:
+        die(f"every={every}, top_k={top_k}: 1 or more")
+    if eval_only and init_from != "resume":
+        die("eval_only=True evaluates a trained bridge: add init_from=resume")
     rank, world, device, autocast = me = setup(device, dtype)
     t_start = time.time()
 
     if image:  # caption pictures with a trained run; the checkpoint carries all that there is to know about it
-        runs = sorted(glob.glob("out/caption_*/ckpt.pt"), key=os.path.getmtime)
+        runs = sorted((run for run in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in run), key=os.path.getmtime)
         path = os.path.join(out_dir, "ckpt.pt") if out_dir else runs[-1] if runs else die("image= needs a trained run: `python train_caption.py` trains one")
         pictures = [open_image(file) for file in image.split(",")]
         checkpoint = load_checkpoint(path)
+        if "gpt_config" not in checkpoint:
+            die(f"{path} is not a checkpoint of train_caption.py")
         was, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
-        eye = load_encoder(was["encoder"], was["data"])
+        eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"])
         model = Captioner(GPT(GPTConfig(**checkpoint["gpt_config"])), was["fusion"], was["every"], checkpoint["width"], was["n_query"])
         load_weights(model, checkpoint["model"], path)
         model.to(device).eval()
@@ -376,20 +393,17 @@ if __name__ == "__main__":
         print(f"drawn in {target}, by {path}")
         sys.exit(0)
 
-    if data is None and os.path.isdir("data/coco2017"):
-        config = configure(globals(), preset=dict(data="data/coco2017"))
-    elif data is None:
-        config = configure(globals(), preset=SHAPES_PRESET)
+    if builtin and rank == 0:
         print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
               "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
-        for number, (what, result, command) in enumerate(SHAPES_ROAD if rank == 0 else (), 1):
+        for number, (what, result, command) in enumerate(SHAPES_ROAD, 1):
             print(f"\n[{number}/5] {what}" + (f": {result} is there already" if os.path.exists(result) else ""), flush=True)
             if not os.path.exists(result):
                 run(*command.split())
         typed = " ".join(f"{k}={config[k]}" for k in SHAPES_PRESET)
         print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed} fusion={fusion} every={every}", flush=True)
-        if world > 1:
-            dist.barrier()
+    if builtin and world > 1:
+        dist.barrier()
     name = os.path.basename(os.path.normpath(data))
 
     if fusion == "all":
@@ -411,8 +425,6 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # ---- pictures, captions, and the frozen two
-    if fusion not in ("xattn", "linear", "qformer"):
-        die(f"fusion={fusion}: xattn, linear, qformer or all")
     out_dir = out_dir or f"out/caption_{name}_{fusion}{every if fusion == 'xattn' else ''}{'_shuffled' if shuffle else ''}"
     if rank == 0:
         show(config | dict(out_dir=out_dir))
@@ -426,13 +438,16 @@ if __name__ == "__main__":
         train_features = torch.from_numpy(train_features[:]).to(device)
 
     path = os.path.join(out_dir, "ckpt.pt")
-    checkpoint = load_checkpoint(path, device) if init_from == "resume" else None
+    checkpoint = load_checkpoint(path) if init_from == "resume" else None
     if gpt.endswith(".pt"):  # our own checkpoints carry their tokenizer; everything else is GPT-2's
-        tokenizer_source = load_checkpoint(gpt)["tokenizer"]
+        tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2")
     else:
         tokenizer_source = "gpt2"
     tokenizer = get_tokenizer(tokenizer_source)
-    writer = GPT.from_pretrained(gpt)
+    with rank_zero_first(me):
+        writer = GPT.from_pretrained(gpt)
+    if writer.config.vocab_size != tokenizer.n_vocab:
+        die(f"gpt={gpt} has {writer.config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our own checkpoints")
     max_length = min(max_length, writer.config.block_size - 1)
     train_captions = TokenizedCaptions(train_said, tokenizer, max_length)
     val_captions = TokenizedCaptions(references, tokenizer, max_length)
@@ -447,8 +462,7 @@ if __name__ == "__main__":
     optimizers, step = make_optimizers(model, optimizer, learning_rate, weight_decay), 0
     if checkpoint:
         load_weights(model, checkpoint["model"], path)
-        for opt, state in zip(optimizers, checkpoint["optimizers"]):
-            opt.load_state_dict(state)
+        resume_optimizers(optimizers, checkpoint, path)
         step = checkpoint["step"]
     elif init_from != "scratch":
         die(f"init_from={init_from}: scratch or resume (gpt= says which GPT to build on)")
@@ -462,7 +476,7 @@ if __name__ == "__main__":
     if rank == 0:
         print(f"{len(train_said):,} pictures to train on, {len(images):,} held out, {train_features.shape[1]} tokens x {train_features.shape[2]} each | "
               f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world} process(es) on {device}", flush=True)
-        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "CIDEr", "lr", "norm", "ms", *gates], step)
+        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "CIDEr", "lr", "norm", "ms", *gates], math.inf if eval_only else step)
         if wandb_log:
             import wandb
             wandb.init(project="nanocaption", name=os.path.basename(out_dir), config=config)
@@ -471,7 +485,7 @@ if __name__ == "__main__":
     while True:
         # ---- look at the whole held-out split, and save
         row = dict(step=step)
-        if step % eval_interval == 0 or step == max_steps or eval_only:
+        if step % eval_interval == 0 or step >= max_steps or eval_only:
             model.eval()
             said = caption_split(model, val_features, tokenizer, max_length, me)
             scores, _ = score(said, references)
@@ -482,7 +496,8 @@ if __name__ == "__main__":
                       f"\"{said[0]}\"", flush=True)
                 if step > first_step:
                     save_checkpoint(path, dict(model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config | dict(max_length=max_length),
-                                               gpt_config=asdict(writer.config), width=train_features.shape[-1], tokenizer=tokenizer_source))
+                                               gpt_config=asdict(writer.config), width=train_features.shape[-1], tokenizer=tokenizer_source, pretrained=about.get("pretrained"),
+                                               tagger=load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None))
         if step >= max_steps or eval_only:
             break
 
@@ -520,7 +535,8 @@ if __name__ == "__main__":
         for file, content in (("results.json", results), ("captions_val2017.json", coco_results)):
             save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))
 
-        log.add(**row)
+        if not eval_only:
+            log.add(**row)
         panels = {"loss (nats a token)": {"train": curve(log.rows, "loss")}, "perplexity, val2017": {"": curve(log.rows, "perplexity")},
                   "CIDEr x 100, val2017": {"": curve(log.rows, "CIDEr", 100)}}
         for kind, title in (("attn_gate", "tanh(gate) of the attention, by layer"), ("mlp_gate", "tanh(gate) of the MLP, by layer")):
@@ -532,7 +548,10 @@ if __name__ == "__main__":
         if len(drawn) == len(files):  # features may be here without their pictures
             draw_captions(os.path.join(out_dir, "captions.png"), drawn, [f"{s}\n({r[0].strip()})" for s, r in zip(said, references)])
             if model.gated:
-                draw_attention(os.path.join(out_dir, "attention.png"), model, gather(val_features, np.arange(3), device), drawn, tokenizer, max_length)
+                with autocast:
+                    draw_attention(os.path.join(out_dir, "attention.png"), model, gather(val_features, np.arange(min(3, len(images))), device),
+                                   [picture if encoder in ("tagger", "patches") else ImageOps.fit(picture, (224, 224)) for picture in drawn],  # CLIP sees the middle
+                                   tokenizer, max_length)
 
         print("\ncaptions of pictures it was not trained on, and what a person said:")
         for caption, refs in list(zip(said, references))[:10]:

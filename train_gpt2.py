@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import EOT, configure, die, download, get_tokenizer, hub, save_atomically, show
+from fineweb import configure, die, download, get_tokenizer, hub, save_atomically, show
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any of them
@@ -191,9 +191,12 @@ class GPT(nn.Module):
         """A hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), a folder as `save_pretrained` writes it, a .safetensors file, or our ckpt.pt."""
         if name.endswith(".pt"):
             checkpoint = load_checkpoint(name)
+            if "model_config" not in checkpoint:
+                die(f"{name} is not a checkpoint of train_gpt2.py")
             model = cls(GPTConfig(**checkpoint["model_config"]))
             load_weights(model, checkpoint["model"], name)
             return model
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not os.path.exists(name):
@@ -209,7 +212,7 @@ class GPT(nn.Module):
             theirs = json.load(open(os.path.join(folder, "config.json")))
             config = GPTConfig(block_size=theirs["n_positions"], **{k: theirs[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
             weights = load_file(file)
-        except (OSError, KeyError, ValueError) as problem:
+        except (OSError, KeyError, ValueError, SafetensorError) as problem:
             die(f"{file} with the config.json beside it is not a GPT-2 in Hugging Face's layout ({type(problem).__name__}: {problem})")
         model, state = cls(config), {}
         for key, w in weights.items():
@@ -336,6 +339,16 @@ def setup(device, dtype):
     return Process(rank, world, device, autocast)
 
 
+@contextmanager
+def rank_zero_first(me):
+    """What is done inside, rank 0 does before the others: they find its downloads finished."""
+    if me.rank:
+        dist.barrier()
+    yield
+    if me.world > 1 and not me.rank:
+        dist.barrier()
+
+
 def sum_over(me, *numbers):
     """The sums of some numbers over all processes, as floats."""
     if me.world == 1:
@@ -363,6 +376,14 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95))
     if inner:  # match_rms_adamw scales Muon's step to the size of AdamW's: one learning rate serves both
         optimizers.append(torch.optim.Muon([params[k] for k in inner], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
+
+
+def resume_optimizers(optimizers, checkpoint, path):
+    try:
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+    except (ValueError, KeyError):
+        die(f"{path} was written with other optimizer settings (optimizer={checkpoint['settings']['optimizer']}): resume with the same")
 
 
 def take_step(model, optimizers, lr, grad_clip):
@@ -468,9 +489,9 @@ def plot(path, panels):
 @torch.no_grad()
 def evaluate(model, loader, batch_size, n_tokens, me):
     """Mean loss over the first n_tokens of the split, shared out over the processes."""
-    loss, n = 0.0, 0
-    for start in range(me.rank * batch_size, min(loader.n_seq, max(1, n_tokens // loader.T)), me.world * batch_size):
-        rows = loader.sequences(range(start, min(start + batch_size, loader.n_seq))).to(me.device)  # (B, T+1)
+    loss, n, end = 0.0, 0, min(loader.n_seq, max(1, n_tokens // loader.T))
+    for start in range(me.rank * batch_size, end, me.world * batch_size):
+        rows = loader.sequences(range(start, min(start + batch_size, end))).to(me.device)  # (B, T+1)
         with me.autocast:
             loss += model(rows[:, :-1], rows[:, 1:]).item() * len(rows)
         n += len(rows)
@@ -493,14 +514,16 @@ if __name__ == "__main__":
     tokenizer = open(tokenizer_file).read() if os.path.exists(tokenizer_file) else "gpt2"
     checkpoint, step = None, 0
     if init_from == "scratch":
-        vocab_size = get_tokenizer(tokenizer).n_vocab if tokenizer != "gpt2" else 50257
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd))
+        model = GPT(GPTConfig(block_size, get_tokenizer(tokenizer).n_vocab if tokenizer != "gpt2" else 50257, n_layer, n_head, n_embd))
     else:
-        if init_from == "resume":
-            init_from = os.path.join(out_dir, "ckpt.pt")
-            checkpoint = load_checkpoint(init_from)
-            step, tokenizer = checkpoint["step"], checkpoint["tokenizer"]
-        model = GPT.from_pretrained(init_from)
+        source = os.path.join(out_dir, "ckpt.pt") if init_from == "resume" else init_from
+        with rank_zero_first(me):
+            model = GPT.from_pretrained(source)
+        if source.endswith(".pt"):
+            checkpoint = load_checkpoint(source)
+            tokenizer = checkpoint["tokenizer"]
+        if init_from != "resume":
+            checkpoint = None  # a new run, from these weights
     model.to(device)
     B, T = batch_size, min(block_size, model.config.block_size)
 
@@ -511,25 +534,24 @@ if __name__ == "__main__":
             print(">", encoding.decode(row[1:].tolist()))
         sys.exit(0)
 
-    n_params = sum(p.numel() for p in model.parameters())
-    if total_batch_size % (B * T * world):
-        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world}")
-    accumulate = total_batch_size // (B * T * world)  # micro-batches a process works through in one step
     val = Loader(data, "val", T, model.config.vocab_size)
     if eval_only:
         loss = evaluate(model, val, B, eval_tokens, me)
         if rank == 0:
             print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
         sys.exit(0)
+    if total_batch_size % (B * T * world):
+        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world}")
+    accumulate = total_batch_size // (B * T * world)  # micro-batches a process works through in one step
     train = Loader(data, "train", T, model.config.vocab_size, seed)
     if rank == 0:
-        print(f"{n_params:,} parameters | {train.n_seq * T:,} training tokens, {total_batch_size:,} a step = "
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {train.n_seq * T:,} training tokens, {total_batch_size:,} a step = "
               f"{max_steps * total_batch_size / (train.n_seq * T):.1f} epochs | {world} process(es) x {accumulate} x {B} x {T} on {device}")
 
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     if checkpoint:
-        for opt, state in zip(optimizers, checkpoint["optimizers"]):
-            opt.load_state_dict(state)
+        resume_optimizers(optimizers, checkpoint, source)
+        step = checkpoint["step"]
     # `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
@@ -543,7 +565,7 @@ if __name__ == "__main__":
     t_start, first_step = time.time(), step
     while True:
         val_loss = None
-        if step % eval_interval == 0 or step == max_steps:
+        if step % eval_interval == 0 or step >= max_steps:
             val_loss = evaluate(model, val, B, eval_tokens, me)
             if rank == 0:
                 print(f"step {step:5d}/{max_steps} | validation loss {val_loss:.4f}", flush=True)
@@ -551,7 +573,7 @@ if __name__ == "__main__":
                     save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
                         model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, model_config=asdict(model.config),
                         settings=config, tokenizer=tokenizer))
-        if step == max_steps:
+        if step >= max_steps:
             break
 
         t0 = time.time()
