@@ -492,7 +492,7 @@ def test_scene_is_drawn_where_and_as_its_caption_says():
                 y, x = np.nonzero(near)
                 centres[colour] = x.mean(), y.mean()
                 radius = ((x.max() - x.min() + 1) + (y.max() - y.min() + 1)) / 4
-                assert abs(radius - coco.SIZES[size]) < 3.5, (scene, radius)
+                assert abs(radius - coco.SIZES[size]) < 4.5, (scene, radius)  # a star is less tall than wide, and chance adds a tenth
         if len(scene["objects"]) == len(centres) == 2:
             (x1, y1), (x2, y2) = (centres[colour] for _, colour, _ in scene["objects"])
             dx, dy = coco.PLACES[scene["place"]][2:]

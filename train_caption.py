@@ -292,12 +292,12 @@ def draw_captions(path, pictures, titles, columns=4):
     import textwrap
 
     rows = math.ceil(len(pictures) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.9 * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.8 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, picture, title in zip(axes.flat, pictures, titles):
         ax.imshow(picture)
-        ax.set_title("\n".join(textwrap.fill(line, 38) for line in title.split("\n")), fontsize=8.5, parse_math=False)
+        ax.set_title("\n".join(textwrap.fill(line, 44) for line in title.split("\n")), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
