@@ -565,4 +565,5 @@ if __name__ == "__main__":
         print(f"look at                    {out_dir}/captions.png, curves.png" + (", attention.png" if model.gated else ""))
         print(f"time                       {time.time() - t_start:.0f} s")
     if world > 1:
+        dist.barrier()  # rank 0 draws a little longer; who leaves early may take the others down
         dist.destroy_process_group()

@@ -608,4 +608,5 @@ if __name__ == "__main__":
                                                  "learning rate": {"lr": curve(log.rows, "lr")}})
         print(f"done: {out_dir}/ckpt.pt, log.csv, loss.png")
     if world > 1:
+        dist.barrier()  # rank 0 draws a little longer; who leaves early may take the others down
         dist.destroy_process_group()
