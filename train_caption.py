@@ -298,7 +298,7 @@ def draw_captions(path, pictures, titles, columns=4):
     for ax, picture, title in zip(axes.flat, pictures, titles):
         ax.imshow(picture)
         ax.set_title("\n".join(textwrap.fill(line, 44) for line in title.split("\n")), fontsize=8.5, parse_math=False)
-    fig.savefig(path, dpi=90)
+    fig.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(fig)
 
 
