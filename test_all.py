@@ -18,7 +18,6 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import cider

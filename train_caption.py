@@ -24,6 +24,7 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import asdict
 
@@ -36,7 +37,7 @@ from PIL import ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, get_tokenizer, save_atomically, show
-from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, plot, read_log,
+from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, plot, pyplot, read_log,
                         rank_zero_first, reseed, resume_optimizers, save_checkpoint, setup, sum_over, take_step)
 from cider import evaluate as score
 from coco import encode, load_captions, load_encoder, load_features, open_image, share_right
@@ -85,8 +86,8 @@ SHAPES_ROAD = (
     ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/loss.png",
      "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 "
      "optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 eval_interval=80 eval_tokens=20000 log_interval=20"),
-    ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/tagger_val2017.npy",
-     "coco.py data=data/shapes encoder=tagger"),
+    ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/{encoder}_val2017.npy",
+     "coco.py data=data/shapes encoder={encoder}"),
 )
 SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3, min_lr=4e-4,
                      warmup_steps=20, weight_decay=0.0, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
@@ -286,11 +287,7 @@ def to_text(tokens, tokenizer):
 
 def draw_captions(path, pictures, titles, columns=4):
     """A grid of pictures, each with its caption (and what else the title says) above it."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import textwrap
-
+    plt = pyplot()
     rows = math.ceil(len(pictures) / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.8 * rows), squeeze=False, layout="constrained")
     for ax in axes.flat:
@@ -305,10 +302,7 @@ def draw_captions(path, pictures, titles, columns=4):
 @torch.no_grad()
 def draw_attention(path, model, features, pictures, tokenizer, max_length):
     """Where each word of a caption looked, by the gated block whose attention differs most from word to word: one row a picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     sight, rows = model.look(features), []
     tokens = model.generate(features, tokenizer.eot_token, max_length)
     weights = []
@@ -397,6 +391,7 @@ if __name__ == "__main__":
         print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
               "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
         for number, (what, result, command) in enumerate(SHAPES_ROAD, 1):
+            result, command = result.format(encoder=encoder), command.format(encoder=encoder)
             print(f"\n[{number}/5] {what}" + (f": {result} is there already" if os.path.exists(result) else ""), flush=True)
             if not os.path.exists(result):
                 run(*command.split())

@@ -463,12 +463,17 @@ def curve(rows, column, scale=1):
     return [row["step"] for row in rows], [scale * row[column] for row in rows]
 
 
-def plot(path, panels):
-    """Draws panels, three in a row: panels = {title: {label: (xs, ys)}}."""
+def pyplot():
+    """matplotlib, imported when something is to be drawn, and drawing into files."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt
 
+
+def plot(path, panels):
+    """Draws panels, three in a row: panels = {title: {label: (xs, ys)}}."""
+    plt = pyplot()
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     fig, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained")
