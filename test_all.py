@@ -542,12 +542,12 @@ def test_trainable_parameters_at_real_size():
         gpt = GPT(GPTConfig())
         count = {name: sum(p.numel() for p in Captioner(gpt, fusion, every, 768).parameters() if p.requires_grad)
                  for name, fusion, every in (("1", "xattn", 1), ("2", "xattn", 2), ("4", "xattn", 4), ("linear", "linear", 1))}
-    block, projection = 7_082_498 + 4 * 768, 768 * 769 + 2 * 768  # 12 C^2 + biases + norms + 2 gates
-    assert abs(block - 7.085e6) < 1e4
-    assert [round(count[k] / 1e6, 1) for k in ("1", "2", "4")] == [85.6, 43.1, 21.9]
-    assert count["1"] - count["2"] == 6 * (count["2"] - count["4"]) / 3
-    assert count["linear"] == 768 * 769 == 590_592
-    assert projection < count["4"]
+    C = 768
+    block = 12 * C**2 + 13 * C + 2  # q, kv, out, MLP; their biases and two norms; two gates: 7.09M
+    projection = C * (C + 1) + 2 * C
+    assert [count[k] for k in ("1", "2", "4")] == [n * block + projection for n in (12, 6, 3)]
+    assert [round(count[k] / 1e6) for k in ("1", "2", "4")] == [86, 43, 22]
+    assert count["linear"] == C * (C + 1) == 590_592
 
 
 @pytest.mark.parametrize("every", [1, 2, 4])
