@@ -83,7 +83,7 @@ SHAPES_ROAD = (
      "coco.py data=data/shapes shapes=8000 encoder=none"),
     ("tokenize the captions", "data/shapes/tokens/edufineweb_train_000001.npy",
      "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn val_tokens=20000"),
-    ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/loss.png",
+    ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/curves.png",
      "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 "
      "optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 eval_interval=80 eval_tokens=20000 log_interval=20"),
     ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/{encoder}_val2017.npy",

@@ -4,23 +4,32 @@ The writer: GPT-2, and the loop that teaches it to continue text.
     python train_gpt2.py data=notes n_layer=4 n_head=4 n_embd=128 batch_size=8 total_batch_size=8192 max_steps=300   # a CPU, minutes
     python train_gpt2.py batch_size=64                           # one GPU with 80 GB
     torchrun --standalone --nproc_per_node=8 train_gpt2.py batch_size=64   # eight GPUs
-    python train_gpt2.py init_from=gpt2 eval_only=True           # OpenAI's weights, on our validation shard
-    python train_gpt2.py init_from=resume prompt="Hello, I'm a language model,"   # what a trained model says
+    python train_gpt2.py prompt="Hello, I'm a language model,"   # what the trained model in out_dir says
+    python train_gpt2.py init_from=gpt2 eval_only=True           # OpenAI's weights: our validation shard, and HellaSwag
+    python train_gpt2.py init_from=out/gpt2/best.pt export=mine  # a folder that `transformers` loads
+    python train_gpt2.py bench=True batch_size=64                # tokens/s, MFU and memory of these settings, on random tokens
 
 The defaults are the published recipe: 124M parameters, 524,288 tokens a step, 19,073 steps = 10B tokens of FineWeb-Edu.
 The loss starts at ln 50257 = 10.82, falls under 4 within the first thousand steps, and ends near 3.1, beside OpenAI's GPT-2.
 Data order is a pure function of (seed, step): the same global batches for any number of processes and after any resume.
-Writes out_dir/{ckpt.pt, log.csv, loss.png}.
+Stopped in any way (Ctrl-C and SIGTERM save first), it goes on with init_from=resume as if nothing had happened.
+Writes out_dir/{ckpt.pt, ckpt_previous.pt, best.pt, log.csv, curves.png, samples.txt}.
 """
 import csv
 import glob
+import io
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from itertools import islice, repeat
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import configure, die, download, get_tokenizer, hub, save_atomically, show
+import hellaswag
+from fineweb import configure, die, download, get_tokenizer, hub, save_atomically, show, vocab_and_merges
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any of them
@@ -39,7 +49,9 @@ data = "edu_fineweb10B"     # folder of token shards, written by fineweb.py
 out_dir = "out/gpt2"        # where checkpoint, log and plot go
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, -large, -xl | a folder, .safetensors or ckpt.pt
 eval_only = False           # evaluate what init_from names, then stop
-prompt = None               # continue this text instead of training
+prompt = None               # continue this text instead of training: four times, max_new_tokens each
+export = None               # write the model for `transformers` into this folder, then stop
+bench = False               # measure these settings on random tokens, then stop
 n_layer = 12                # 12 layers, 12 heads, 768 wide: GPT-2 124M
 n_head = 12
 n_embd = 768
@@ -48,13 +60,19 @@ batch_size = 8              # sequences a process works on at once, B: as many a
 total_batch_size = 524_288  # tokens a step, 2**19: about 0.5M as in the GPT-3 paper; gradients accumulate up to it
 optimizer = "adamw"         # adamw, or muon for the matrices inside the blocks
 learning_rate = 6e-4        # the peak
-min_lr = 6e-5               # where the cosine ends
+min_lr = 6e-5               # where the schedule ends
 warmup_steps = 715          # GPT-3 warms up over 375M tokens
 max_steps = 19_073          # 10B tokens / 524,288
+schedule = "cosine"         # cosine, or wsd: constant until the last fifth, then straight down
 weight_decay = 0.1
 grad_clip = 1.0
 eval_interval = 250         # steps between evaluations, each followed by a checkpoint
 eval_tokens = 10_485_760    # validation tokens of one evaluation, at most
+exam = None                 # HellaSwag questions asked at each evaluation; None = all 10,042 on CUDA or with eval_only, else none
+exam_file = "data/hellaswag_val.jsonl"   # where they are; fetched if they are not there
+max_new_tokens = 64         # of a sample
+temperature = 1.0           # of samples; 0 = always the likeliest token
+top_k = 50                  # samples choose among so many likeliest tokens
 log_interval = 1            # steps between printed lines
 seed = 1337
 device = None               # cuda, cpu, mps; None takes the best there is
@@ -89,6 +107,10 @@ class KVCache:
         self.kv[layer, 0, :, :, self.seen:S] = k
         self.kv[layer, 1, :, :, self.seen:S] = v
         return self.kv[layer, 0, :, :, :S], self.kv[layer, 1, :, :, :S]
+
+    def pick(self, rows):
+        """Goes on with these rows of the batch, a long tensor; a row may be picked several times, to be continued in several ways."""
+        self.kv = self.kv[:, :, rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -138,6 +160,42 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """
+    The mean cross-entropy of the logits x W^T, without ever holding them all: 64 sequences of 1,024 tokens have 13 GB of fp32
+    logits, and as much again of gradients. So it takes a few thousand positions at a time and, while their logits are there,
+    also turns them into what the backward pass will want, the gradients of x and W. No matmul is done twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+        """x (N, C), weight (V padded, C), targets (N,) -> loss, a scalar in fp32."""
+        N, device_type, chunk = len(x), x.device.type, 4096 if x.is_cuda else 512
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+        x, w, total = x.to(dtype), weight.to(dtype), torch.zeros((), device=x.device)
+        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradients else (None, None)
+        for i in range(0, N, chunk):
+            xi, target = x[i:i + chunk], targets[i:i + chunk, None]
+            logits = (xi @ w.t()).float()
+            logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary must not enter the softmax
+            logsumexp = logits.logsumexp(1, keepdim=True)
+            total += (logsumexp - logits.gather(1, target)).sum()
+            if with_gradients:  # d loss / d logits = (softmax - one-hot) / N
+                p = logits.sub_(logsumexp).exp_()
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                p = p.div_(N).to(dtype)
+                dx[i:i + chunk] = p @ w
+                dw += p.t() @ xi
+        if with_gradients:
+            ctx.save_for_backward(dx, dw)
+        return total / N
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dw = ctx.saved_tensors
+        return dx * dloss, dw * dloss, None, None, None
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019) with Hugging Face's parameter names; matrices are (out, in), theirs (in, out)."""
 
@@ -170,21 +228,40 @@ class GPT(nn.Module):
         """(B, T, C) -> logits (B, T, V). The padding of the vocabulary is cut off: it must not enter a softmax."""
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) -> logits (B, T, V), or, given targets (B, T), their mean cross-entropy in nats a token."""
+    def hidden(self, idx, cache=None):
+        """idx (B, T) -> (B, T, C), what the head turns into logits."""
         x = self.embed(idx, cache.seen if cache else 0)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cache, layer)
         if cache:
             cache.seen += idx.shape[1]
-        logits = self.head(x)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return x
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) -> logits (B, T, V), or, given targets (B, T), their mean cross-entropy in nats a token."""
+        x = self.hidden(idx, cache)
+        if targets is None:
+            return self.head(x)
+        x = self.transformer.ln_f(x).flatten(0, 1)  # (B*T, C)
+        return HeadLoss.apply(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, torch.is_grad_enabled())
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
-        """Continues each row of idx (B, T) by up to max_new_tokens tokens; see `decode`."""
-        cache = KVCache(self.config, len(idx), idx.shape[1] + max_new_tokens, self.lm_head.weight)
-        return decode(lambda new: self(new, cache=cache), idx, max_new_tokens, temperature, top_k, stop, generator)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, seed=None):
+        """Continues each row of idx (B, T) by up to max_new_tokens tokens; the same `seed`, the same tokens; see `decode`."""
+        cache = KVCache(self.config, len(idx), idx.shape[1] + max_new_tokens - 1, self.lm_head.weight)  # the last token is never read
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        # where the prompt is long, only its last position needs logits
+        return decode(lambda new: self.head(self.hidden(new, cache)[:, -1:]), idx, max_new_tokens, temperature, top_k, stop, generator)
+
+    def reader(self):
+        """How `hellaswag.predict` reads a context once and continues it four times."""
+        def read(contexts, room):
+            cache = KVCache(self.config, len(contexts), contexts.shape[1] + room, self.lm_head.weight)
+            if contexts.shape[1]:
+                self.hidden(contexts, cache)
+            cache.pick(torch.arange(len(contexts), device=contexts.device).repeat_interleave(4))
+            return lambda rows, scored: self.head(self.hidden(rows, cache)[scored])
+        return read
 
     @classmethod
     def from_pretrained(cls, name):
@@ -228,8 +305,11 @@ class GPT(nn.Module):
         load_weights(model, state, file)
         return model
 
-    def save_pretrained(self, folder):
-        """Writes model.safetensors and config.json as `transformers.GPT2LMHeadModel.from_pretrained(folder)` reads them."""
+    def save_pretrained(self, folder, encoding=None):
+        """
+        Writes model.safetensors and config.json as `transformers.GPT2LMHeadModel.from_pretrained(folder)` reads them, and, given the
+        tokenizer, vocab.json and merges.txt as `transformers.GPT2Tokenizer.from_pretrained(folder)` does.
+        """
         from safetensors.torch import save
 
         os.makedirs(folder, exist_ok=True)
@@ -244,8 +324,11 @@ class GPT(nn.Module):
             state[key] = w.contiguous().cpu()
         theirs = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
                       n_layer=c.n_layer, n_head=c.n_head, bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
-        save_atomically(os.path.join(folder, "config.json"), lambda f: f.write(json.dumps(theirs, indent=1).encode()))
-        save_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(save(state, metadata={"format": "pt"})))
+        files = {"config.json": json.dumps(theirs, indent=1).encode(), "model.safetensors": save(state, metadata={"format": "pt"})}
+        if encoding:
+            files["vocab.json"], files["merges.txt"] = vocab_and_merges(encoding)
+        for name, content in files.items():
+            save_atomically(os.path.join(folder, name), lambda f: f.write(content))
 
 
 def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
@@ -277,14 +360,33 @@ def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, ge
 # data: shards are one long text; sequence j of a shard is tokens j*T .. j*T+T, whose last is the first of sequence j+1
 
 
+def open_shard(path):
+    """The token ids of a shard, memory-mapped: only what a batch touches is read. A .npy file, or a .bin file as llm.c and modded-nanogpt write it."""
+    if path.endswith(".bin"):  # 256 int32: magic number, version, how many tokens follow
+        header = np.fromfile(path, np.int32, 256)
+        if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
+            die(f"{path} does not begin as a .bin shard of GPT-2 tokens does (20240520, 1): write it again, or use fineweb.py's shards")
+        shard = np.memmap(path, np.uint16, "r", 1024)
+        if len(shard) != header[2]:
+            die(f"{path} holds {len(shard):,} tokens and should hold {header[2]:,}: it was cut short, copy it again")
+        return shard
+    try:
+        shard = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as problem:
+        die(f"{path} is not a whole .npy file ({problem}): write it again")
+    if shard.ndim != 1 or shard.dtype != np.uint16:
+        die(f"{path} holds {shard.dtype} of shape {shard.shape}, and a shard is one row of uint16 token ids: write it with fineweb.py")
+    return shard
+
+
 class Loader:
     """Global batches of `n_seq` sequences of T tokens from the shards of one split, shuffled anew each epoch."""
 
     def __init__(self, folder, split, T, vocab_size, seed=None):
-        paths = sorted(glob.glob(os.path.join(folder, f"*{split}*.npy")))
+        paths = sorted(path for path in glob.glob(os.path.join(folder, f"*{split}*")) if path.endswith((".npy", ".bin")))
         if not paths:
-            die(f"no {split} shards (*{split}*.npy) in {folder}: write them with `python fineweb.py data={folder}`")
-        self.shards = [np.load(path, mmap_mode="r") for path in paths]  # memory-mapped: only what a batch touches is read
+            die(f"no {split} shards (*{split}*.npy or .bin) in {folder}: write them with `python fineweb.py data={folder}`")
+        self.shards = [open_shard(path) for path in paths]
         self.T, self.vocab_size, self.seed, self.epoch = T, vocab_size, seed, None
         counts = [max(0, (len(shard) - 1) // T) for shard in self.shards]  # the target of a shard's last token is in no shard
         self.ends = np.cumsum(counts)
@@ -308,6 +410,20 @@ class Loader:
             die(f"the shards hold token id {rows.max()}, the model's vocabulary ends at {self.vocab_size - 1}: they come from another tokenizer")
         return torch.from_numpy(rows)
 
+    def batches(self, wanted, device):
+        """Yields `sequences(numbers)` on the device for each of `wanted`; the next one is read, and pinned, while this one is computed with."""
+        def read(numbers):
+            rows = self.sequences(numbers)
+            return rows.pin_memory() if "cuda" in device else rows  # what is pinned travels while the CPU goes on
+
+        with ThreadPoolExecutor(1) as reader:
+            wanted = iter(wanted)
+            coming = [reader.submit(read, numbers) for numbers in islice(wanted, 1)]
+            while coming:
+                rows = coming.pop().result()
+                coming += [reader.submit(read, numbers) for numbers in islice(wanted, 1)]
+                yield rows.to(device, non_blocking=True)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what every training loop needs
@@ -324,7 +440,10 @@ class Process(NamedTuple):
 def setup(device, dtype):
     """Under torchrun, one process a GPU (nccl) or a CPU worker (gloo); else one process on the best device there is."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = str(device or next(name for name in present if present[name]))
+    if not present.get(device.split(":")[0]):
+        die(f"device={device}: this machine has {', '.join(name for name in present if present[name])}")
     if device == "cuda" and world > 1:
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
@@ -360,9 +479,11 @@ def sum_over(me, *numbers):
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95)):
     """
-    The optimizers that together cover every trainable parameter once. "adamw": AdamW for all of them. "muon": Muon (Jordan 2024)
-    for the matrices inside blocks, AdamW for the rest. Muon replaces a matrix's momentum by the nearest orthogonal matrix, so that
-    every direction in it moves equally far: a few matmuls more a step, and half the steps or fewer to the same loss.
+    The optimizers that together cover every trainable parameter once. "adamw": AdamW for all of them: two averages, 8 bytes a
+    parameter, and one fused pass over memory. "muon": Muon (Jordan 2024) for the matrices inside blocks, AdamW for the rest. Muon
+    replaces a matrix's momentum by the nearest orthogonal matrix, so that every direction in it moves equally far. It keeps 4 bytes
+    a parameter and costs some fifteen matmuls of the matrix's own size a step, little beside a batch of half a million tokens and much
+    beside a small one; it needs fewer steps to the same loss.
     Matrices decay; biases, norms and gates, which have no direction to shrink in, do not.
     """
     if name not in ("adamw", "muon"):
@@ -397,12 +518,16 @@ def take_step(model, optimizers, lr, grad_clip):
     return norm
 
 
-def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps):
-    """Linear warm-up to learning_rate, then half a cosine down to min_lr."""
+def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosine"):
+    """
+    Linear warm-up to learning_rate, then down to min_lr: half a cosine, or "wsd" (warm-up, stable, decay; Hu et al. 2024,
+    https://arxiv.org/abs/2404.06395), which needs to know the end only when it begins to fall: a run can be made longer from any checkpoint before.
+    """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else min(1.0, (1 - progress) / 0.2)
+    return min_lr + falling * (learning_rate - min_lr)
 
 
 def reseed(seed, step, rank=0):
@@ -410,18 +535,61 @@ def reseed(seed, step, rank=0):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
+def stop_signals():
+    """A list that gets an entry when Ctrl-C or SIGTERM asks to stop; the loop then saves and leaves. Asked again, the process ends at once."""
+    asked = []
+
+    def ask(number, frame):
+        asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return asked
+
+
+def keep_as(path, other):
+    """Gives a file a second name: a hard link, which costs nothing, or a copy where the file system has none."""
+    if os.path.exists(other) and os.path.samefile(path, other):
+        return
+    with suppress(FileNotFoundError):
+        os.remove(other + ".tmp")
+    try:
+        os.link(path, other + ".tmp")
+    except OSError:
+        shutil.copyfile(path, other + ".tmp")
+    os.replace(other + ".tmp", other)
+
+
+def previous(path):
+    return path.removesuffix(".pt") + "_previous.pt"
+
+
 def save_checkpoint(path, checkpoint):
+    """Writes the dict to `path`, whole or not at all; what was there before stays as {path}_previous.pt."""
+    if os.path.exists(path):
+        keep_as(path, previous(path))
     save_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author."""
+    instead = f"rename the one before it, {previous(path)}, and go on with that" if os.path.exists(previous(path)) else "take another one or start from scratch"
     if not os.path.exists(path):
-        die(f"no checkpoint at {path}")
+        die(f"no checkpoint at {path}: {instead}")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as problem:  # zip, pickle and torch each have their own way to say it
-        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__}): take another one or start from scratch")
+        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__}): {instead}")
+
+
+def name_changes(settings, checkpoint, names):
+    """Prints which of these settings are not what they were when the checkpoint was written."""
+    was = checkpoint["settings"]
+    changed = [f"{name}={settings[name]} (was {was[name]})" for name in names.split() if name in was and was[name] != settings[name]]
+    if changed:
+        print("changed since the checkpoint, so that the run will not be what it would have been:", ", ".join(changed), flush=True)
 
 
 def load_weights(model, state, path):
@@ -440,9 +608,10 @@ class Log:
     def __init__(self, path, columns, start):
         self.path, self.columns = path, columns
         self.rows = [row for row in read_log(path) if row["step"] < start] if start else []
-        with open(path, "w", newline="") as f:
-            csv.DictWriter(f, columns).writeheader()
-            csv.DictWriter(f, columns).writerows(self.rows)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, columns).writeheader()
+        csv.DictWriter(text, columns).writerows(self.rows)
+        save_atomically(path, lambda f: f.write(text.getvalue().encode()))
 
     def add(self, **row):
         self.rows.append(row)
@@ -454,7 +623,18 @@ def read_log(path):
     if not os.path.exists(path):
         return []
     with open(path, newline="") as f:
-        return [{k: None if v == "" else int(v) if k == "step" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        whole = [row for row in csv.DictReader(f) if None not in row.values()]  # a killed process may leave half a line
+    return [{k: None if v == "" else int(v) if k == "step" else float(v) for k, v in row.items()} for row in whole]
+
+
+def start_wandb(config):
+    """Weights & Biases, with a run of this name begun."""
+    try:
+        import wandb
+    except ImportError:
+        die("wandb_log=True needs the library: pip install wandb")
+    wandb.init(project="nanocaption", name=os.path.basename(config["out_dir"]), config=config)
+    return wandb
 
 
 def curve(rows, column, scale=1):
@@ -495,8 +675,8 @@ def plot(path, panels):
 def evaluate(model, loader, batch_size, n_tokens, me):
     """Mean loss over the first n_tokens of the split, shared out over the processes."""
     loss, n, end = 0.0, 0, min(loader.n_seq, max(1, n_tokens // loader.T))
-    for start in range(me.rank * batch_size, end, me.world * batch_size):
-        rows = loader.sequences(range(start, min(start + batch_size, end))).to(me.device)  # (B, T+1)
+    starts = range(me.rank * batch_size, end, me.world * batch_size)
+    for rows in loader.batches((range(start, min(start + batch_size, end)) for start in starts), me.device):  # (B, T+1)
         with me.autocast:
             loss += model(rows[:, :-1], rows[:, 1:]).item() * len(rows)
         n += len(rows)
@@ -504,24 +684,152 @@ def evaluate(model, loader, batch_size, n_tokens, me):
     return loss / n
 
 
+def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, seed, device):
+    """n continuations of a text, as strings; the text opens a document, as in training."""
+    idx = [encoding.eot_token] + encoding.encode_ordinary(text)
+    idx = idx[-max(1, model.config.block_size - max_new_tokens):]  # a text too long loses its beginning
+    max_new_tokens = min(max_new_tokens, model.config.block_size - len(idx))
+    rows = model.generate(torch.tensor([idx] * n, device=device), max_new_tokens, temperature, top_k, encoding.eot_token, seed)
+    return [encoding.decode([token for token in row if token != encoding.eot_token]) for row in rows.tolist()]
+
+
+def train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, me):
+    """One step on `accumulate` micro-batches (B, T+1). Returns this process's mean loss, and the norm of the gradient."""
+    loss_sum = torch.zeros((), device=me.device)
+    for micro in range(accumulate):
+        rows = next(batches)
+        if me.world > 1:  # gradients are averaged over the processes once a step; the flag must be set before the forward pass
+            step_model.require_backward_grad_sync = micro == accumulate - 1
+        with me.autocast:
+            loss = step_model(rows[:, :-1], rows[:, 1:]) / accumulate  # gradients add up, so each part counts as its share
+        loss.backward()
+        loss_sum += loss.detach()
+    return loss_sum, take_step(model, optimizers, lr, grad_clip)
+
+
+# bfloat16 FLOPs a second, dense, of the vendors' data sheets
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+
+
+def flops_share(model, T, tokens_per_second, world=1):
+    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B), as text for the log; empty where the peak is not known."""
+    c = model.config
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() and next(model.parameters()).is_cuda else ""
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    n_matmul = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()  # wte counts: it is the head
+    per_token = 6 * n_matmul + 12 * c.n_layer * c.n_embd * T  # forward 2, backward 4; attention's two matmuls beside
+    return f" | MFU {tokens_per_second * per_token / (peak * world):.1%}" if peak else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench=True. A side road: nothing below depends on it
+
+
+def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me):
+    """
+    Prints what these settings give on random tokens, all in one run, medians of five: a training step beside that of
+    transformers' GPT2LMHeadModel (where it is installed), generation beside recomputing, HellaSwag beside one row at a time.
+    """
+    cuda, V = "cuda" in me.device, model.config.vocab_size
+    batches = repeat(torch.randint(V, (B, T + 1), device=me.device))
+
+    def seconds(work):
+        if cuda:
+            torch.cuda.synchronize()
+        t0 = time.time()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.time() - t0
+
+    def peak(held=0):  # GB
+        if cuda:
+            return (torch.cuda.max_memory_allocated() - held) / 1e9
+        import resource  # not on Windows
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+    def step():
+        train_step(step_model, model, optimizers, batches, accumulate, 1e-5, 1.0, me)
+
+    step()  # compiles, and fills the optimizers' state
+    seconds(step)
+    memory, times = peak(), {"ours": []}
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except (ImportError, RuntimeError):
+        their_step, theirs_note = None, " (transformers is not installed: nothing to compare with)"
+    else:
+        c = model.config
+        held = torch.cuda.memory_allocated() if cuda else 0
+        theirs = GPT2LMHeadModel(GPT2Config(c.vocab_size, c.block_size, c.n_embd, c.n_layer, c.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).to(me.device)
+        compiled = torch.compile(theirs) if step_model is not model else theirs
+        their_optimizers = [torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)]
+        times["transformers"] = []
+
+        def their_step():
+            train_step(lambda idx, targets: compiled(idx, labels=idx).loss, theirs, their_optimizers, batches, accumulate, 1e-5, 1.0, me)
+
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        their_step()
+    for _ in range(5):  # in turn, so that what else the machine does befalls both
+        times["ours"].append(seconds(step))
+        if their_step:
+            times["transformers"].append(seconds(their_step))
+    speed = {name: accumulate * B * T / median(t) for name, t in times.items()}
+    print(f"training, ours          {speed['ours']:12,.0f} tok/s{flops_share(model, T, speed['ours'])} | {memory:.2f} GB at most")
+    if their_step:
+        print(f"training, transformers  {speed['transformers']:12,.0f} tok/s{flops_share(model, T, speed['transformers'])}"
+              + (f" | {peak(held):.2f} GB at most" if cuda else "") + f" | ours is {speed['ours'] / speed['transformers']:.2f} times as fast", flush=True)
+
+    start = torch.randint(V, (1, 8), device=me.device)
+    new = min(max_new_tokens, model.config.block_size - 8)
+
+    @torch.no_grad()
+    def recompute():
+        idx = start
+        for _ in range(new):
+            idx = torch.cat([idx, model(idx)[:, -1:].argmax(-1)], 1)
+
+    rng = np.random.default_rng(0)
+    made = [(rng.integers(V, size=rng.integers(10, 100)).tolist(), [rng.integers(V, size=rng.integers(5, 40)).tolist() for _ in range(4)], 0) for _ in range(64)]
+    for what, quick, plain in (
+            (f"generating {new} tokens", lambda: model.generate(start, new, temperature=0), recompute),
+            (f"{len(made)} HellaSwag questions", lambda: hellaswag.predict(model, made, model.reader(), me.device),
+             lambda: hellaswag.predict(model, made, None, me.device, tokens_at_once=1))):
+        with me.autocast:
+            pairs = [(seconds(quick), seconds(plain)) for _ in range(3)]
+        fast, slow = (median(t) for t in zip(*pairs))
+        print(f"{what:24}{fast:8.3f} s | the plain way {slow:8.3f} s | {slow / fast:.1f} times as fast", flush=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     config = configure(globals())
+    if prompt is not None and init_from == "scratch":
+        init_from = "resume"  # who asks for samples means the trained model
+    if schedule not in ("cosine", "wsd"):
+        die(f"schedule={schedule}: cosine or wsd")
     rank, world, device, autocast = me = setup(device, dtype)
     torch.manual_seed(seed)
     if rank == 0:
         show(config)
-        os.makedirs(out_dir, exist_ok=True)
 
     # The model: fresh, continued, or somebody's. The tokenizer travels in the checkpoint, as "gpt2" or as its merges.
     tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
-    tokenizer = open(tokenizer_file).read() if os.path.exists(tokenizer_file) else "gpt2"
-    checkpoint, step = None, 0
-    if init_from == "scratch":
+    of_shards = open(tokenizer_file).read() if os.path.exists(tokenizer_file) else "gpt2"
+    source = os.path.join(out_dir, "ckpt.pt") if init_from == "resume" else init_from
+    will_train = not (prompt or export or eval_only or bench)
+    if init_from == "resume" and will_train and not os.path.exists(source) and not os.path.exists(previous(source)):
+        source = "scratch"  # a run that was killed before its first checkpoint
+        if rank == 0:
+            print(f"{out_dir} holds no checkpoint yet: starting at step 0")
+    checkpoint, step, best, tokenizer = None, 0, math.inf, "gpt2"
+    if source == "scratch":
+        tokenizer = of_shards
         model = GPT(GPTConfig(block_size, get_tokenizer(tokenizer).n_vocab if tokenizer != "gpt2" else 50257, n_layer, n_head, n_embd))
     else:
-        source = os.path.join(out_dir, "ckpt.pt") if init_from == "resume" else init_from
         with rank_zero_first(me):
             model = GPT.from_pretrained(source)
         if source.endswith(".pt"):
@@ -533,85 +841,117 @@ if __name__ == "__main__":
     B, T = batch_size, min(block_size, model.config.block_size)
 
     if prompt is not None:
-        encoding = get_tokenizer(tokenizer)
-        idx = torch.tensor([[encoding.eot_token] + encoding.encode_ordinary(prompt)], device=device)
-        for row in model.generate(idx.repeat(4, 1), min(60, model.config.block_size - idx.shape[1]), top_k=50):
-            print(">", encoding.decode(row[1:].tolist()))
+        for text in continue_text(model, get_tokenizer(tokenizer), prompt, 4, max_new_tokens, temperature, top_k, seed, device):
+            print(">", text)
+        sys.exit(0)
+    if export:
+        model.save_pretrained(export, get_tokenizer(tokenizer))
+        print(f"written: {export}/{{config.json,model.safetensors,vocab.json,merges.txt}}")
         sys.exit(0)
 
-    val = Loader(data, "val", T, model.config.vocab_size)
-    if eval_only:
-        loss = evaluate(model, val, B, eval_tokens, me)
-        if rank == 0:
-            print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
-        sys.exit(0)
+    # Evaluation: the loss on the validation shard, and HellaSwag
     if total_batch_size % (B * T * world):
         die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world}")
     accumulate = total_batch_size // (B * T * world)  # micro-batches a process works through in one step
-    train = Loader(data, "train", T, model.config.vocab_size, seed)
-    if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {train.n_seq * T:,} training tokens, {total_batch_size:,} a step = "
-              f"{max_steps * total_batch_size / (train.n_seq * T):.1f} epochs | {world} process(es) x {accumulate} x {B} x {T} on {device}")
+    if not bench:
+        if tokenizer != of_shards:
+            die(f"the shards in {data} were written with another tokenizer than {source} was trained with")
+        val = Loader(data, "val", T, model.config.vocab_size)
+        questions = []
+        if exam or exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only):
+            with rank_zero_first(me):
+                questions = hellaswag.load_questions(exam_file, get_tokenizer(tokenizer), model.config.block_size)[:exam]
+    if eval_only:
+        loss = evaluate(model, val, B, eval_tokens, me)
+        with autocast:
+            acc, acc_norm = hellaswag.evaluate(model, questions, model.reader(), device) if questions else (math.nan, math.nan)
+        if rank == 0:
+            print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
+            if questions:
+                print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   (published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
+        sys.exit(0)
 
+    # Training. `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    if checkpoint:
-        resume_optimizers(optimizers, checkpoint, source)
-        step = checkpoint["step"]
-    # `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
-    log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "val_loss", "lr", "norm", "ms"], step) if rank == 0 else None
-    if wandb_log and rank == 0:
-        import wandb
-        wandb.init(project="nanocaption", name=os.path.basename(out_dir), config=config)
+    if bench:
+        benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me)
+        sys.exit(0)
+    if checkpoint:
+        resume_optimizers(optimizers, checkpoint, source)
+        step, best = checkpoint["step"], checkpoint["best"]
+        if rank == 0:
+            name_changes(config, checkpoint, "data n_layer n_head n_embd block_size total_batch_size optimizer learning_rate min_lr warmup_steps "
+                                             "max_steps schedule weight_decay grad_clip seed dtype")
+    train = Loader(data, "train", T, model.config.vocab_size, seed)
+    if rank == 0:
+        os.makedirs(out_dir, exist_ok=True)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {train.n_seq * T:,} training tokens, {total_batch_size:,} a step = "
+              f"{max_steps * total_batch_size / (train.n_seq * T):.1f} epochs | {world} process(es) x {accumulate} x {B} x {T} on {device}")
+        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step)
+        wandb = start_wandb(config) if wandb_log else None
 
-    n_seq = total_batch_size // T  # sequences in a global batch
+    n_seq = total_batch_size // T  # sequences in a global batch; this process's share of every step to come, micro-batch by micro-batch:
+    firsts = (s * n_seq + (micro * world + rank) * B for s in range(step, max_steps) for micro in range(accumulate))
+    batches = train.batches((range(first, first + B) for first in firsts), device)
+    asked_to_stop, stop = stop_signals(), 0
     t_start, first_step = time.time(), step
     while True:
-        val_loss = None
-        if step % eval_interval == 0 or step >= max_steps:
-            val_loss = evaluate(model, val, B, eval_tokens, me)
+        row = dict(step=step)
+        if (step % eval_interval == 0 or step >= max_steps) and not stop:
+            row["val_loss"] = evaluate(model, val, B, eval_tokens, me)
+            if questions:
+                with autocast:
+                    row["acc"], row["acc_norm"] = hellaswag.evaluate(model, questions, model.reader(), device)
             if rank == 0:
-                print(f"step {step:5d}/{max_steps} | validation loss {val_loss:.4f}", flush=True)
-                if step > first_step:
-                    save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
-                        model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, model_config=asdict(model.config),
-                        settings=config, tokenizer=tokenizer))
-        if step >= max_steps:
+                print(f"step {step:5d}/{max_steps} | validation loss {row['val_loss']:.4f}"
+                      + (f" | HellaSwag {row['acc']:.4f}, per token {row['acc_norm']:.4f}" if questions else ""), flush=True)
+                opening = "Hello, I'm a language model," if tokenizer == "gpt2" else ""
+                with open(os.path.join(out_dir, "samples.txt"), "a" if step else "w", encoding="utf-8") as f:
+                    for text in continue_text(model, get_tokenizer(tokenizer), opening, 4, 32, temperature, top_k, seed, device):
+                        print(f"step {step} > {text}", file=f)
+        if rank == 0 and step > first_step and ("val_loss" in row or stop):
+            is_best, best = row.get("val_loss", math.inf) < best, min(best, row.get("val_loss", math.inf))
+            save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
+                model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, best=best,
+                model_config=asdict(model.config), settings=config, tokenizer=tokenizer))
+            if is_best:
+                keep_as(os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt"))
+        if step >= max_steps or stop:
             break
 
         t0 = time.time()
         reseed(seed, step, rank)
-        lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
-        loss_sum = 0.0
-        for micro in range(accumulate):
-            start = step * n_seq + (micro * world + rank) * B
-            rows = train.sequences(range(start, start + B)).to(device, non_blocking=True)  # (B, T+1)
-            if world > 1:  # gradients are averaged over the processes once a step; the flag must be set before the forward pass
-                step_model.require_backward_grad_sync = micro == accumulate - 1
-            with autocast:
-                loss = step_model(rows[:, :-1], rows[:, 1:]) / accumulate  # gradients add up, so each part counts as its share
-            loss.backward()
-            loss_sum += loss.detach()
-        norm = take_step(model, optimizers, lr, grad_clip)
-        loss_sum, = sum_over(me, float(loss_sum) / world)
+        lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule)
+        loss, norm = train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, me)
+        loss, stop = sum_over(me, float(loss) / world, len(asked_to_stop))  # all processes stop after the same step
         norm, ms = float(norm), (time.time() - t0) * 1000  # float() waits for the device: only now is the clock right
         if rank == 0:
-            log.add(step=step, loss=loss_sum, val_loss=val_loss, lr=lr, norm=norm, ms=ms)
-            if wandb_log:
-                wandb.log({k: v for k, v in log.rows[-1].items() if v is not None}, step=step)
+            row |= dict(loss=loss, lr=lr, norm=norm, ms=ms)
+            log.add(**row)
+            if wandb:
+                wandb.log(row, step=step)
             if step % log_interval == 0 or step == max_steps - 1:
                 left = (time.time() - t_start) / (step + 1 - first_step) * (max_steps - step - 1)
-                print(f"step {step:5d}/{max_steps} | loss {loss_sum:.4f} | norm {norm:.2f} | lr {lr:.2e} | {ms:.0f} ms | "
-                      f"{total_batch_size / ms * 1000:,.0f} tok/s | {left / 60:.1f} min left", flush=True)
+                speed = total_batch_size / ms * 1000
+                print(f"step {step:5d}/{max_steps} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.2e} | {ms:.0f} ms | "
+                      f"{speed:,.0f} tok/s{flops_share(model, T, speed, world)} | {left / 60:.1f} min left", flush=True)
         step += 1
 
     if rank == 0:
-        log.add(step=step, val_loss=val_loss)
-        plot(os.path.join(out_dir, "loss.png"), {"loss (nats a token)": {"train": curve(log.rows, "loss"), "validation": curve(log.rows, "val_loss")},
-                                                 "learning rate": {"lr": curve(log.rows, "lr")}})
-        print(f"done: {out_dir}/ckpt.pt, log.csv, loss.png")
+        if not stop:
+            log.add(**row)
+        panels = {"loss (nats a token)": {"train": curve(log.rows, "loss"), "validation": curve(log.rows, "val_loss")},
+                  "HellaSwag": {"acc": curve(log.rows, "acc"), "acc_norm": curve(log.rows, "acc_norm")},
+                  "learning rate": {"lr": curve(log.rows, "lr")}}
+        if tokenizer == "gpt2":  # the validation loss is build-nanogpt's figure, and is for FineWeb-Edu
+            if os.path.basename(data).startswith("edu_fineweb"):
+                panels["loss (nats a token)"]["OpenAI GPT-2 124M"] = ([0, step], [3.2924] * 2)
+            panels["HellaSwag"] |= {"OpenAI GPT-2 124M, acc_norm": ([0, step], [0.2955] * 2)}
+        plot(os.path.join(out_dir, "curves.png"), {title: curves for title, curves in panels.items() if title != "HellaSwag" or questions})
+        print(f"stopped at step {step}; go on with init_from=resume" if stop else f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
     if world > 1:
         dist.barrier()  # rank 0 draws a little longer; who leaves early may take the others down
         dist.destroy_process_group()
