@@ -5,10 +5,12 @@ Equality with what others trust (transformers, pycocoevalcap), with ourselves do
 uninterrupted run), and the rules of the house. What needs real data runs where ../shared/data exists, and is skipped elsewhere.
 """
 import http.server
+import importlib.util
 import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from PIL import Image
 import cider
 import coco
 import fineweb
+import hellaswag
 import train_caption
 import train_gpt2
 from train_caption import Captioner, TokenizedCaptions, training_batch
@@ -197,6 +200,134 @@ def test_shards_hold_every_document_opened_by_eot_and_survive_a_kill(tmp_path):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_documents_are_cut_as_gpt2_cuts_them():
+    """The pattern for texts without white space in a row must give what GPT-2's own gives."""
+    rng = random.Random(0)
+    pieces = ["the", "cat", "'s", "'", "'ll", "'S", "12", "3", "é", "☕", "日本", ".", "--", "$", " ", " ", " ", "\n", "\t", "  ", "\u00a0", "\u2003", "\x1c", "\x85", "\ud800"]
+    documents = ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(3000)] + TEXT
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    for document, tokens in zip(documents, fineweb.tokenize(documents, tokenizer), strict=True):
+        assert tokens.dtype == np.uint16 and tokens.tolist() == [tokenizer.eot_token] + tokenizer.encode_ordinary(document), repr(document)
+
+
+def test_transformers_reads_our_tokenizer_files(tmp_path):
+    coco.mend_torchvision()
+    import transformers
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    for name, content in zip(("vocab.json", "merges.txt"), fineweb.vocab_and_merges(tokenizer)):
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+    for text in TEXT[:4] + ["unseen ☃ text,  spaced", fineweb.EOT]:
+        assert theirs.encode(text) == tokenizer.encode(text, allowed_special="all")
+
+
+@needs_shared
+def test_gpt2s_own_files_come_out_of_tiktoken(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
+    vocab, merges = fineweb.vocab_and_merges(fineweb.get_tokenizer("gpt2"))
+    vocab, merges = json.loads(vocab), merges.decode().splitlines()
+    assert len(vocab) == 50257 and vocab["Ġthe"] == 262 and len(merges) == 50_001 and merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, capsys):
+    def fills_the_disk(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(SystemExit):
+        fineweb.save_atomically(str(tmp_path / "file"), fills_the_disk)
+    assert "No space left" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "before" and os.listdir(tmp_path) == ["file"]
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub with three parquet files of FineWeb-Edu."""
+    FILES, asked = {}, []
+
+    def do_GET(self):
+        self.asked.append(os.path.basename(self.path))
+        answer = (json.dumps([dict(path=f"sample/10BT/{name}") for name in self.FILES]).encode() if "/api/" in self.path
+                  else self.FILES[os.path.basename(self.path)])
+        self.send_response(200)
+        self.send_header("Content-Length", len(answer))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_fineweb_downloads_no_more_than_it_needs(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for n in range(3):
+        table = pa.BufferOutputStream()
+        pq.write_table(pa.table(dict(text=[f"file {n}"] + TEXT)), table)
+        Hub.FILES[f"{n:03d}_00000.parquet"] = table.getvalue().to_pybytes()
+    (tmp_path / "bpe.tiktoken").write_text(fineweb.learn_bpe(TEXT, 320))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    one_file = sum(map(len, fineweb.tokenize(["file 0"] + TEXT, fineweb.get_tokenizer(str(tmp_path / "bpe.tiktoken")))))
+    run(f"fineweb.py data=shards tokenizer=bpe.tiktoken val_tokens=100 shard_size=1000 max_tokens={one_file + 500}", tmp_path,
+        env=dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"))
+    server.shutdown()
+    server.server_close()
+    assert Hub.asked == ["10BT", "000_00000.parquet", "001_00000.parquet"]
+    assert sum(len(np.load(path)) for path in (tmp_path / "shards").glob("*.npy")) == one_file + 500
+
+
+# ---- the exam (hellaswag.py)
+
+
+def made_questions(n, block_size=48):
+    rng = np.random.default_rng(0)
+    return [(rng.integers(101, size=rng.integers(1, 20)).tolist(), [rng.integers(101, size=rng.integers(1, 12)).tolist() for _ in range(4)], int(rng.integers(4)))
+            for _ in range(n)]
+
+
+def test_hellaswag_in_batches_equals_one_row_at_a_time():
+    gpt, questions = small_gpt(), made_questions(60)
+    one_by_one = []
+    for context, endings, _ in questions:
+        losses = []
+        for ending in endings:
+            idx = torch.tensor([context + ending])
+            with torch.no_grad():
+                logp = gpt(idx).log_softmax(-1)[0, len(context) - 1:-1]
+            losses.append(-logp.gather(1, torch.tensor(ending)[:, None]).sum().item())
+        one_by_one.append([int(np.argmin(losses)), int(np.argmin([loss / len(ending) for loss, ending in zip(losses, endings)]))])
+    for read in (None, gpt.reader()):
+        assert hellaswag.predict(gpt, questions, read, tokens_at_once=200).tolist() == one_by_one
+    labels = np.array([[label] for *_, label in questions])
+    assert hellaswag.evaluate(gpt, questions, gpt.reader()) == pytest.approx((np.array(one_by_one) == labels).mean(0), abs=1e-6)
+
+
+QUESTION = dict(ctx="the cat sat on", label=1, endings=["a dog", "the mat", "2 birds , a cat and a dog", "the dog's mat"])
+
+
+def test_hellaswag_shows_a_question_and_names_a_bad_line(tmp_path):
+    (tmp_path / "bpe.tiktoken").write_text(fineweb.learn_bpe(TEXT, 320))
+    (tmp_path / "two.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=0)))
+    said = run("hellaswag.py file=two.jsonl tokenizer=bpe.tiktoken number=1", tmp_path)
+    assert "2 questions" in said and "ending 0 (the true one" in said and "'the cat sat on the mat'" in said
+    (tmp_path / "bad.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=4)))
+    assert "line 2" in run("hellaswag.py file=bad.jsonl tokenizer=bpe.tiktoken", tmp_path, ok=False)
+
+
+def test_long_contexts_lose_their_beginning(tmp_path):
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    (tmp_path / "one.jsonl").write_text(json.dumps(QUESTION | dict(ctx="the cat sat on the mat " * 20)))
+    (context, endings, _), = hellaswag.load_questions(str(tmp_path / "one.jsonl"), tokenizer, block_size=32)
+    assert len(context) + max(map(len, endings)) - 1 == 32 and tokenizer.decode(context).endswith("the mat ")
+
+
+@needs_shared
+def test_every_real_question_is_read(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
+    questions = hellaswag.load_questions(os.path.join(SHARED, "text", "hellaswag_val.jsonl"), fineweb.get_tokenizer("gpt2"))
+    assert len(questions) == 10_042 and set(label for *_, label in questions) == {0, 1, 2, 3}
+
+
 # ---- the GPT (train_gpt2.py)
 
 
@@ -246,6 +377,53 @@ def test_cached_logits_in_chunks_equal_whole():
         torch.testing.assert_close(chunks, gpt(idx), atol=1e-4, rtol=1e-4)
 
 
+def test_seeded_generation_repeats_itself():
+    gpt, start = small_gpt(), torch.zeros(3, 2, dtype=torch.long)
+    first, again, other = (gpt.generate(start, 20, seed=seed) for seed in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("train_head", [True, False])
+def test_loss_in_chunks_equals_cross_entropy(train_head):
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(1300, 16), torch.randn(128, 16), torch.randint(0, 101, (1300,))  # more than two chunks
+    ours, theirs = ((x.clone().requires_grad_(), weight.clone().requires_grad_(train_head)) for _ in range(2))
+    loss = 3 * train_gpt2.HeadLoss.apply(*ours, targets, 101, True)
+    plain = 3 * torch.nn.functional.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets)
+    loss.backward()
+    plain.backward()
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=0)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_the_training_step_compiles_as_one_graph():
+    gpt, idx = small_gpt(scale=1), torch.randint(0, 101, (2, 20))
+    compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)  # captures forward and backward, needs no compiler
+    grads = []
+    for model in (gpt, compiled):
+        gpt.zero_grad()
+        model(idx[:, :-1], idx[:, 1:]).backward()
+        grads.append(gpt.lm_head.weight.grad.clone())
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, n_layer, n_head, n_embd, millions", [("gpt2", 12, 12, 768, 124), ("gpt2-medium", 24, 16, 1024, 355),
+                                                                     ("gpt2-large", 36, 20, 1280, 774), ("gpt2-xl", 48, 25, 1600, 1558)])
+def test_all_four_sizes_have_the_published_shapes(name, n_layer, n_head, n_embd, millions):
+    coco.mend_torchvision()
+    import transformers
+    with torch.device("meta"):
+        ours = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
+    shapes = {}
+    for key, w in ours.state_dict().items():
+        rows, columns = w.shape if w.dim() == 2 else (None, None)
+        shapes[key] = w.shape if rows is None else (50257, columns) if rows == 50304 else (columns, rows) if ".h." in key else (rows, columns)
+    assert shapes == {key: tuple(w.shape) for key, w in theirs.state_dict().items()}
+    assert round(sum(p.numel() for p in theirs.parameters()) / 1e6) == millions
+
+
 def test_top_k_and_stop():
     gpt = small_gpt()
     start = torch.zeros(64, 1, dtype=torch.long)
@@ -272,6 +450,8 @@ def test_every_parameter_is_in_one_optimizer_group(name):
 
 def test_schedule():
     lr = [train_gpt2.get_lr(step, 1.0, 0.1, 10, 110) for step in range(120)]
+    wsd = [train_gpt2.get_lr(step, 1.0, 0.1, 10, 110, "wsd") for step in range(120)]
+    assert wsd[9] == 1.0 == pytest.approx(wsd[90]) and wsd[100] == pytest.approx(0.55) and wsd[110] == wsd[119] == pytest.approx(0.1)
     assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and abs(lr[60] - 0.55) < 1e-12 and lr[110] == lr[119] == pytest.approx(0.1)
 
 
@@ -284,16 +464,83 @@ def test_loader_uses_every_sequence_once_an_epoch(tmp_path):
     expected = sorted([[*range(j, j + 11)] for n in (10, 4) for j in range(0, 10 * n, 10)])
     assert sorted(first.tolist()) == sorted(second.tolist()) == expected and first.tolist() != second.tolist()
     assert np.array_equal(loader.sequences([3, 17]), [first[3], second[3]])  # a pure function of the position
+    fetched = list(loader.batches([range(3), [3, 17]], "cpu"))
+    assert np.array_equal(fetched[0], first[:3]) and np.array_equal(fetched[1], [first[3], second[3]]) and len(fetched) == 2
     with pytest.raises(SystemExit):
         train_gpt2.Loader(str(tmp_path), "train", 10, vocab_size=50).sequences(range(14))
 
 
-def test_gpt_resumes_exactly(road):
-    run(f"{GPT_RUN} out_dir=resumed max_steps=4 min_lr=3e-3", road)
-    run(f"{GPT_RUN} out_dir=whole min_lr=3e-3", road)  # a constant rate, so that four steps are the first four of eight
-    run(f"{GPT_RUN} out_dir=resumed min_lr=3e-3 init_from=resume", road)
-    assert log_column(road / "resumed/log.csv", "loss") == log_column(road / "whole/log.csv", "loss")
-    assert len(log_column(road / "whole/log.csv", "loss")) == 8
+def test_llm_c_shards_are_read(tmp_path, capsys):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, 105
+    path = tmp_path / "fineweb_train_000001.bin"
+    path.write_bytes(header.tobytes() + np.arange(105, dtype=np.uint16).tobytes())
+    assert train_gpt2.Loader(str(tmp_path), "train", 10, 200).sequences([1]).tolist() == [[*range(10, 21)]]
+    for content, hint in ((path.read_bytes()[:-2], "cut short"), (bytes(4) + path.read_bytes()[4:], "20240520")):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit):
+            train_gpt2.Loader(str(tmp_path), "train", 10, 200)
+        assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_exactly(road, how):
+    settings = f"{GPT_RUN} max_steps=40 out_dir=stopped_{int(how)}"
+    with open(road / "killed.log", "w") as said:
+        process = subprocess.Popen([sys.executable, os.path.join(REPO, settings.split()[0]), *settings.split()[1:]], cwd=road, stdout=said)
+    log = road / f"stopped_{int(how)}/log.csv"
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 10):
+        time.sleep(0.01)
+    process.send_signal(how)
+    code = process.wait()
+    assert code == (-how if how == signal.SIGKILL else 0), (road / "killed.log").read_text()
+    before = len(train_gpt2.read_log(log))
+    assert before < 40  # it was not done yet
+    run(f"{settings} init_from=resume", road)
+    run(f"{GPT_RUN} max_steps=40 out_dir=never_stopped", road)
+    for column in ("loss", "val_loss"):
+        assert log_column(log, column) == log_column(road / "never_stopped/log.csv", column)
+    assert len(log_column(log, "loss")) == 40
+
+
+def test_resuming_names_what_changed_and_starts_at_0_where_nothing_is_saved(road):
+    assert "starting at step 0" in run(f"{GPT_RUN} out_dir=twice max_steps=4 init_from=resume", road)
+    said = run(f"{GPT_RUN} out_dir=twice max_steps=6 init_from=resume weight_decay=0.2 eval_tokens=500", road)
+    assert "weight_decay=0.2 (was 0.1)" in said and "max_steps=6 (was 4)" in said and "eval_tokens=500 (was" not in said
+    assert sorted(os.listdir(road / "twice")) == ["best.pt", "ckpt.pt", "ckpt_previous.pt", "curves.png", "log.csv", "samples.txt"]
+    assert train_gpt2.load_checkpoint(str(road / "twice/ckpt_previous.pt"))["step"] == 4
+    assert (road / "twice/samples.txt").read_text().count("step 6 >") == 4
+
+
+def test_gpt_exam_samples_and_export(road, tmp_path):
+    (road / "exam.jsonl").write_text("\n".join(json.dumps(QUESTION | dict(label=n % 4)) for n in range(6)))
+    command = "train_gpt2.py data=tokens init_from=gpt/best.pt eval_only=True exam_file=exam.jsonl exam=5 batch_size=4 total_batch_size=256 block_size=32 device=cpu"
+    alone, two = (run(command, road, launcher=launcher, env=dict(OMP_NUM_THREADS="1")).splitlines()[-2:] for launcher in ((), TORCHRUN + ("--nproc_per_node=2",)))
+    assert alone == two and "HellaSwag, 5 questions: acc 0." in alone[1]
+    said = run("train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu", road)
+    assert said.count("\n> there") == 4 and said == run("train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu", road)
+    run(f"train_gpt2.py init_from=gpt/ckpt.pt export={tmp_path} device=cpu", road)
+    coco.mend_torchvision()
+    import transformers
+    theirs, tokenizer = (kind.from_pretrained(tmp_path) for kind in (transformers.GPT2LMHeadModel, transformers.GPT2Tokenizer))
+    ours = GPT.from_pretrained(str(road / "gpt/ckpt.pt"))
+    idx = torch.tensor([tokenizer.encode("a small red circle above a cross")])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("words, hint", [("total_batch_size=500", "not a multiple"), ("data=nowhere", "no val shards"), ("schedule=linear", "cosine or wsd"),
+                                         ("device=gpu", "device=gpu"), ("wandb_log=True", "pip install wandb"), ("init_from=gpt/ckpt.pt data=other", "another tokenizer")])
+def test_gpt_bad_input(road, words, hint):
+    os.makedirs(road / "other", exist_ok=True)
+    if "wandb" in words and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    assert hint in run(f"{GPT_RUN} out_dir=bad {words}", road, ok=False)
+
+
+def test_gpt_bench(road):
+    said = run("train_gpt2.py bench=True n_layer=1 n_head=2 n_embd=32 block_size=64 batch_size=2 total_batch_size=128 max_new_tokens=8 device=cpu", road)
+    assert "training, ours" in said and "HellaSwag questions" in said
 
 
 def test_gpt_learns(road):
@@ -301,20 +548,28 @@ def test_gpt_learns(road):
     assert abs(losses[0] - np.log(fineweb.get_tokenizer(str(road / "tokens/tokenizer.tiktoken")).n_vocab)) < 0.1 and losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("script, column", [(GPT_RUN, "loss"), (CAPTION_RUN + " dropout=0.0", "loss")])
-def test_two_processes_equal_one(road, script, column):
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+
+
+@pytest.mark.parametrize("script, many", [(GPT_RUN + " max_steps=20", (2, 4)), (CAPTION_RUN + " dropout=0.0", (2,))])
+def test_many_processes_equal_one(road, script, many):
     name = script.split(".")[0]
     run(f"{script} out_dir=one_{name}", road)
-    run(f"{script} out_dir=two_{name}", road, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), env=dict(OMP_NUM_THREADS="1"))
-    np.testing.assert_allclose(log_column(road / f"one_{name}/log.csv", column), log_column(road / f"two_{name}/log.csv", column), atol=1e-4)
+    for n in many:
+        run(f"{script} out_dir={n}_{name}", road, launcher=(*TORCHRUN, f"--nproc_per_node={n}"), env=dict(OMP_NUM_THREADS="1"))
+        np.testing.assert_allclose(log_column(road / f"one_{name}/log.csv", "loss"), log_column(road / f"{n}_{name}/log.csv", "loss"), atol=1e-4)
 
 
-def test_cut_checkpoint_is_refused(road, capsys):
+def test_cut_checkpoint_is_refused_and_the_one_before_offered(road, capsys):
     path = road / "cut.pt"
     path.write_bytes((road / "gpt/ckpt.pt").read_bytes()[:5000])
     with pytest.raises(SystemExit):
         train_gpt2.load_checkpoint(str(path))
     assert "cut short" in capsys.readouterr().err
+    shutil.copy(road / "gpt/ckpt_previous.pt", road / "cut_previous.pt")
+    with pytest.raises(SystemExit):
+        train_gpt2.load_checkpoint(str(path))
+    assert "cut_previous.pt" in capsys.readouterr().err
 
 
 # ---- scores (cider.py)

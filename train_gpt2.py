@@ -99,7 +99,7 @@ class KVCache:
     def __init__(self, config, B, length, like):
         D = config.n_embd // config.n_head
         self.kv = like.new_empty(config.n_layer, 2, B, config.n_head, length, D)
-        self.seen = 0  # tokens whose keys and values are in; GPT.blocks moves it once all blocks have added theirs
+        self.seen = 0  # tokens whose keys and values are in; GPT.hidden moves it once all blocks have added theirs
 
     def add(self, layer, k, v):
         """k, v: (B, H, T, D) of the new tokens. Returns those of all tokens, (B, H, S, D)."""
@@ -124,14 +124,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, layer=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = cache.add(layer, k, v)  # (B, H, S, D)
-            S = k.shape[2]
-            # new token t sits at position S-T+t and may look at itself and everything before; is_causal would align t with 0
-            seen = None if T == 1 else torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-            y = F.scaled_dot_product_attention(q, k.to(q), v.to(q), attn_mask=seen)
+        if cache:
+            k, v = (kv.to(q) for kv in cache.add(layer, k, v))  # (B, H, S, D)
+        S = k.shape[2]
+        # new token t sits at position S-T+t and may look at itself and everything before; is_causal would align t with 0
+        seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
+        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=T == S)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -687,8 +685,9 @@ def evaluate(model, loader, batch_size, n_tokens, me):
 def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, seed, device):
     """n continuations of a text, as strings; the text opens a document, as in training."""
     idx = [encoding.eot_token] + encoding.encode_ordinary(text)
-    idx = idx[-max(1, model.config.block_size - max_new_tokens):]  # a text too long loses its beginning
-    max_new_tokens = min(max_new_tokens, model.config.block_size - len(idx))
+    room = model.config.block_size
+    idx = idx[-max(room // 2, room - max_new_tokens):]  # a text too long loses its beginning
+    max_new_tokens = min(max_new_tokens, room - len(idx))
     rows = model.generate(torch.tensor([idx] * n, device=device), max_new_tokens, temperature, top_k, encoding.eot_token, seed)
     return [encoding.decode([token for token in row if token != encoding.eot_token]) for row in rows.tolist()]
 
@@ -757,7 +756,7 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except (ImportError, RuntimeError):
-        their_step, theirs_note = None, " (transformers is not installed: nothing to compare with)"
+        print("transformers could not be imported: nothing to compare training with")
     else:
         c = model.config
         held = torch.cuda.memory_allocated() if cuda else 0
@@ -774,11 +773,11 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
         their_step()
     for _ in range(5):  # in turn, so that what else the machine does befalls both
         times["ours"].append(seconds(step))
-        if their_step:
+        if "transformers" in times:
             times["transformers"].append(seconds(their_step))
     speed = {name: accumulate * B * T / median(t) for name, t in times.items()}
     print(f"training, ours          {speed['ours']:12,.0f} tok/s{flops_share(model, T, speed['ours'])} | {memory:.2f} GB at most")
-    if their_step:
+    if "transformers" in times:
         print(f"training, transformers  {speed['transformers']:12,.0f} tok/s{flops_share(model, T, speed['transformers'])}"
               + (f" | {peak(held):.2f} GB at most" if cuda else "") + f" | ours is {speed['ours'] / speed['transformers']:.2f} times as fast", flush=True)
 
@@ -791,8 +790,12 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
         for _ in range(new):
             idx = torch.cat([idx, model(idx)[:, -1:].argmax(-1)], 1)
 
-    rng = np.random.default_rng(0)
-    made = [(rng.integers(V, size=rng.integers(10, 100)).tolist(), [rng.integers(V, size=rng.integers(5, 40)).tolist() for _ in range(4)], 0) for _ in range(64)]
+    rng, longest = np.random.default_rng(0), min(1024, model.config.block_size)  # questions of HellaSwag's lengths
+
+    def words(least, most):
+        return rng.integers(V, size=rng.integers(least, min(most, longest // 2))).tolist()
+
+    made = [(words(10, 100), [words(5, 40) for _ in range(4)], 0) for _ in range(64)]
     for what, quick, plain in (
             (f"generating {new} tokens", lambda: model.generate(start, new, temperature=0), recompute),
             (f"{len(made)} HellaSwag questions", lambda: hellaswag.predict(model, made, model.reader(), me.device),
@@ -850,13 +853,10 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # Evaluation: the loss on the validation shard, and HellaSwag
-    if total_batch_size % (B * T * world):
-        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world}")
-    accumulate = total_batch_size // (B * T * world)  # micro-batches a process works through in one step
     if not bench:
+        val = Loader(data, "val", T, model.config.vocab_size)
         if tokenizer != of_shards:
             die(f"the shards in {data} were written with another tokenizer than {source} was trained with")
-        val = Loader(data, "val", T, model.config.vocab_size)
         questions = []
         if exam or exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only):
             with rank_zero_first(me):
@@ -872,6 +872,9 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # Training. `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
+    if total_batch_size % (B * T * world):
+        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world}")
+    accumulate = total_batch_size // (B * T * world)  # micro-batches a process works through in one step
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
