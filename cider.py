@@ -8,39 +8,38 @@ The judge: CIDEr, BLEU and ROUGE-L, equal to coco-caption's, in numpy, without J
 
 results.json is a COCO results file, [{"image_id": 42, "caption": "a dog"}, ...], the other any COCO captions file.
 
-CIDEr (Vedantam, Zitnick, Parikh 2015, https://arxiv.org/abs/1411.5726) asks: five people described the picture; does
-the candidate say what they agree on, in words that say something? A caption becomes a vector with one entry for each
-n-gram g (n words in a row), its tf-idf weight, term frequency times inverse document frequency:
+CIDEr (Vedantam, Zitnick, Parikh 2015, https://arxiv.org/abs/1411.5726) asks: five people described the picture; does the candidate say
+what they agree on, in words that say something? A caption becomes a vector with one entry for each n-gram g (n words in a row), its
+tf-idf weight, term frequency times inverse document frequency:
 
     w(g) = how often the caption says g * ln(N / how many of the N images have g in a reference)
 
-"a" is in the references of every image: ln(N / N) = 0, it counts nothing. "unicycle" is in few: it counts much. The
-candidate c meets each reference r by the cosine of their vectors; the mean over references and over n = 1..4 is the
-image's score, the mean over images the corpus's. What papers print is the variant CIDEr-D, which is harder to fool:
+"a" is in the references of every image: ln(N / N) = 0, it counts nothing. "unicycle" is in few: it counts much. The candidate c meets
+each reference r by the cosine of their vectors; the mean over references and over n = 1..4 is the image's score, the mean over images
+the corpus's. What papers print is the variant CIDEr-D, which is harder to fool:
 
     CIDEr-D_n(c, r) = 10 * exp(-(|c| - |r|)^2 / (2 * 6^2)) * sum_g min(w_c(g), w_r(g)) * w_r(g) / (||w_c|| * ||w_r||)
 
-The min clips: "dog dog dog" earns what the reference's one dog is worth. The Gaussian punishes a wrong length. The 10
-makes the scale 0 to 10; tables print it x100. Two surprises follow from idf. An image scored alone gets 0: for N = 1
-all logarithms are 0. And a subset's score is not the mean of its images' scores within the whole, as N and the
-frequencies are its own: compare on equal splits, or give the frequencies of a corpus, `df=`, as training on CIDEr does.
+The min clips: "dog dog dog" earns what the reference's one dog is worth. The Gaussian punishes a wrong length. The 10 makes the scale 0
+to 10; tables print it x100. Two surprises follow from idf. An image scored alone gets 0: for N = 1 all logarithms are 0. And a subset's
+score is not the mean of its images' scores within the whole, as N and the frequencies are its own: compare on equal splits, or give the
+frequencies of a corpus, `df=`, as training on CIDEr does.
 
-Letters: N images; S sentences (each image's candidate, then its references); T words in all of them; n the order, 1..4;
-G different n-grams; E different (n-gram, sentence) pairs; P (candidate, reference) pairs.
+From formula to code: captions become tokens, tokens numbers (`index`). Sorting all n-grams (`ngrams`) makes a table with a row for each
+(n-gram, sentence) pair, in which equal n-grams stand together: runs of them are the frequencies, and the candidate's row stands above
+those of its references. The rest is sums over rows (`cider`).
+
+Letters: N images; S sentences (each image's candidate, then its references); T words in all of them; n the order, 1..4; G different
+n-grams; E different (n-gram, sentence) pairs; P (candidate, reference) pairs.
 """
 import functools
-import importlib.util
 import itertools
 import json
 import os
 import re
-import shutil
 import sys
-import time
 import unicodedata
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import numpy as np
 
@@ -79,7 +78,7 @@ ABBREVIATED = """adj adm adv al ala alex apr ariz assn assoc asst attys? aug ave
 NUMBERED = r"(?i:nos?|figs?|art|ca|op|pp|prop)\."          # abbreviations only before a number: no. 5
 CAPITAL = lambda text: "|".join(f"{word[0]}(?i:{word[1:]})" for word in text.split())
 STATES = CAPITAL("Ark Az Del Ill La Mass Miss Ore Pa Tex Wash")  # abbreviations only with a capital: ore., la.
-TWO_WORDS = {"cannot", "gotta", "gonna", "wanna", "lemme", "gimme"}
+TWO_WORDS = {"cannot", "gotta", "gonna", "wanna", "lemme", "gimme"}  # each cut after the third letter
 OPENERS = CAPITAL(r"""About According Additionally After An A As At But Earlier He Her Here However If In It Last Many
     More Mr\. Ms\. Now Once One Other Our She Since So Some Such That The Their Then There These They This We When While
     What Yet You""")
@@ -183,7 +182,10 @@ def ranges(begin, many):
 
 
 def expand(ids, lengths, flat, many):
-    """Sentences (T,), (S,) in which each id gives way to a list of others; flat, many: these lists, as `number` gives them."""
+    """
+    Sentences, ids (T,) and lengths (S,) -> the same, where each id has given way to a list of others. These lists, one for each id,
+    stand end to end in `flat`; `many` are their lengths.
+    """
     if (many == 1).all():  # nearly always
         return flat[ids], lengths
     begin, many = (np.cumsum(many) - many)[ids], many[ids]  # (T,)
@@ -193,32 +195,31 @@ def expand(ids, lengths, flat, many):
 
 def read(*texts):
     """
-    Texts, lists of captions -> what `number` would say of all captions' tokens. A text has few different chunks: each is
-    lexed once, unless its neighbours matter. Then the caption is lexed as a whole, with the beginning of the next two.
+    Texts, lists of captions -> what `number` would say of all captions' tokens. A text has few different chunks: each is lexed once,
+    unless its neighbours matter. Then the caption is lexed as a whole, with the beginning of the next two.
     """
     captions, ends = list(itertools.chain(*texts)), np.cumsum(list(map(len, texts)))
     chunks, ids, lengths = number(map(str.split, captions))
-    begin = np.cumsum(lengths) - lengths
     tokens = list(map(lex_chunk, chunks))
     social = np.array([cut is None for cut in tokens], bool)[ids]  # (T,)
     whole = {*np.repeat(np.arange(len(captions)), lengths)[social].tolist(), *(ends[ends > 0] - 1).tolist()}  # a text's end matters
+    begin, nothing = np.cumsum(lengths) - lengths, len(tokens)
     tokens.append([])
-    nothing = len(tokens) - 1
     for s in whole:
         here = ids[begin[s]:begin[s] + lengths[s]]
         here[:] = nothing
-        here[:1] = len(tokens)  # its first chunk stands for all of it
-        end = ends[ends > s][0]
-        tokens.append(lex(captions[s], *(line[:30] for line in captions[s + 1:min(s + 3, end)])))
+        here[:1] = len(tokens)  # the first chunk stands for the whole caption
+        following = captions[s + 1:min(s + 3, ends[ends > s][0])]
+        tokens.append(lex(captions[s], *(line[:30] for line in following)))
     words, *parts = number(cut or [] for cut in tokens)
     return words, *expand(ids, lengths, *parts)
 
 
 def tokenize(captions):
     """
-    captions (list of str) -> a list of tokens for each, in lower case, without punctuation.
-    The reference reads the list as one text, a caption a line, and the next line can matter: the period of "letter X."
-    goes if "The ..." follows. So give it what it got: all references in the file's order, and the candidates apart.
+    captions (list of str) -> a list of tokens for each, in lower case, without punctuation. The reference reads the list as one text, a
+    caption a line, and the next line can matter: the period of "letter X." goes if "The ..." follows. So give it what it got: all
+    references in the file's order, and the candidates apart.
     """
     words, ids, lengths = read(captions)
     tokens = iter(np.array(words, object)[ids].tolist())
@@ -227,9 +228,9 @@ def tokenize(captions):
 
 def index(candidates, references, tokenized):
     """
-    Captions, or lists of tokens -> image (S,), the image of each sentence; whole, the words (T,) and lengths (S,) as ROUGE
-    takes them; split, the same for CIDEr and BLEU, to which "22 3/4", held together by a no-break space, is two words;
-    vocabulary, what the numbers in split stand for. The sentences of an image are its candidate, then its references.
+    Captions, or lists of tokens -> image (S,), the image of each sentence; whole, the words (T,) and lengths (S,) as ROUGE takes them;
+    split, the same for CIDEr and BLEU, to which "22 3/4", held together by a no-break space, is two words; vocabulary, what the numbers
+    in split stand for. The sentences of an image are its candidate, then its references.
     """
     flat = list(itertools.chain.from_iterable(references))
     words, ids, lengths = number(itertools.chain(candidates, flat)) if tokenized else read(candidates, flat)
@@ -256,20 +257,20 @@ def changes(*columns):
 
 def ngrams(words, lengths):
     """
-    For n = 1..4: gram, sentence, tf (E,), first (G,). Row e: n-gram gram[e] is tf[e] times in sentence[e]; rows in the
-    order of n-grams, then sentences. words[first[g]:][:n] spells n-gram g.
+    For n = 1..4: gram, sentence, tf (E,), first (G,). Row e: n-gram gram[e] is tf[e] times in sentence[e]; rows in the order of
+    n-grams, then sentences. words[first[g]:][:n] spells n-gram g.
     """
     T, V = len(words), int(words.max(initial=0)) + 1
-    place, bits = np.arange(T), T.bit_length()
+    place, bits = np.arange(T, dtype=np.int32), T.bit_length()
     sentence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # (T,)
-    left = np.repeat(np.cumsum(lengths), lengths) - place  # (T,) words from here to the end of the sentence
+    left = np.repeat(np.cumsum(lengths, dtype=np.int32), lengths) - place  # (T,) words from here to the end of the sentence
     at = np.zeros(T, np.int32)  # (T,) which (n-1)-gram begins here
     for n in 1, 2, 3, 4:
         if int(at.max(initial=0) + 1) * V >= 1 << (63 - bits):
             raise ValueError(f"{T} words are too many at once: score them in parts, with df=")
-        size = max(T - n + 1, 0)
-        key = at[:size] * np.int64(V) + words[n - 1:]  # an n-gram is the (n-1)-gram here and one word more
-        packed = np.sort((key << bits | place[:size])[left[:size] >= n])  # n-gram above, place below: far faster than argsort
+        size = len(words[n - 1:])
+        packed = at[:size] * np.int64(V) + words[n - 1:]  # an n-gram is the (n-1)-gram here and one word more
+        packed = np.sort((packed << bits | place[:size])[left[:size] >= n])  # n-gram above, place below: far faster than argsort
         start = packed & ((1 << bits) - 1)
         new = changes(packed >> bits)
         at[start] = gram = np.cumsum(new, dtype=np.int32) - 1
@@ -285,8 +286,8 @@ def spelled(words, first, n, vocabulary):
 
 def document_frequencies(references):
     """
-    Tokens of a corpus, a list of token lists for each image -> {("a", "dog"): number of images that have it}, with N
-    under (). N-grams of a single image are left out: what is not in it counts as 1.
+    Tokens of a corpus, a list of token lists for each image -> {("a", "dog"): number of images that have it}, with N under (). N-grams
+    of a single image are left out: what is not in it counts as 1.
     """
     image, _, (words, lengths), vocabulary = index([], references, tokenized=True)
     df = {(): len(references)}
@@ -298,8 +299,8 @@ def document_frequencies(references):
 
 def cider(words, lengths, image, vocabulary, df=None):
     """
-    CIDEr-D of each image (N,) (eq. 1-3 and section 6 of the paper), and from the same tables what BLEU wants, matches
-    (4, N): n-grams of the candidate in its references, each at most as often as in the one that says it most.
+    CIDEr-D of each image (N,) (eq. 1-3 and section 6 of the paper), and from the same tables what BLEU wants, matches (4, N): n-grams
+    of the candidate in its references, each at most as often as in the one that says it most.
     """
     is_candidate = changes(image)  # (S,)
     candidate, S, N = np.flatnonzero(is_candidate), len(lengths), int(image[-1]) + 1
@@ -337,10 +338,9 @@ def cider(words, lengths, image, vocabulary, df=None):
 
 def bleu(matches, lengths, image):
     """
-    BLEU-1..4 of the corpus (4,), which is not the mean of its images', and of each image (4, N) (Papineni et al. 2002,
-    section 2.3): the geometric mean of the precisions, matches / n-grams of the candidate, times exp(1 - r/c) if its
-    length c is below that of the closest reference, r. The tiny numbers are the reference's, and show: where no 4-gram
-    matches, BLEU-4 is about 1e-4, not 0.
+    BLEU-1..4 of the corpus (4,), which is not the mean of its images', and of each image (4, N) (Papineni et al. 2002, section 2.3):
+    the geometric mean of the precisions, matches / n-grams of the candidate, times exp(1 - r/c) if its length c is below that of the
+    closest reference, r. The tiny numbers are the reference's, and show: where no 4-gram matches, BLEU-4 is about 1e-4, not 0.
     """
     candidate = np.flatnonzero(changes(image))
     c, longest = lengths[candidate], lengths.max()
@@ -360,9 +360,9 @@ def bleu(matches, lengths, image):
 
 def lcs(words, lengths, a, b):
     """
-    Length of the longest common subsequence of sentences a[p] and b[p], (P,), by bit vectors (Hyyrö 2004, "Bit-parallel
-    LCS-length computation revisited"): a row of the usual table, which rises by 0 or 1 from word to word of the longer
-    sentence, is one whole number with a 0 where it rises; an addition, whose carries run along it, makes the next row.
+    Length of the longest common subsequence of sentences a[p] and b[p], (P,), by bit vectors (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited"): a row of the usual table, which rises by 0 or 1 from word to word of the longer sentence, is one whole
+    number with a 0 where it rises; an addition, whose carries run along it, makes the next row.
     """
     begin, length = np.cumsum(lengths) - lengths, np.zeros(len(a), np.int64)
     short, long = np.where(lengths[a] < lengths[b], (a, b), (b, a))
@@ -373,15 +373,15 @@ def lcs(words, lengths, a, b):
         return np.where(place < lengths[s, None], words[np.minimum(begin[s, None] + place, len(words) - 1)], pad)
 
     def pack(bits):  # (p, width) -> whole numbers (p,); beyond 64 bits, Python's
-        packed = np.packbits(bits, axis=1, bitorder="little")
+        packed = np.packbits(bits.ravel(), bitorder="little").reshape(len(bits), -1)  # with axis=1, 50 times slower
         if bits.shape[1] <= 64:
-            return packed.view(f"u{packed.shape[1]}")[:, 0]
+            return packed.view(f"<u{packed.shape[1]}")[:, 0]
         return np.array([int.from_bytes(row.tobytes(), "little") for row in packed], object)
 
     for w in np.unique(width).tolist():
         same_width = np.flatnonzero(width == w)
         same_width = same_width[np.argsort(lengths[short[same_width]])]
-        size = max(1, 2**17 // w)  # so many at a time stay in the processor's cache
+        size = max(1, 2**16 // w)  # so many at a time stay in the processor's cache
         for p in np.split(same_width, range(size, len(same_width), size)):
             text = padded(long[p], w, -1)
             flat = pack(np.ones(text.shape, bool))
@@ -397,8 +397,8 @@ def lcs(words, lengths, a, b):
 
 def rouge_l(words, lengths, image, beta=1.2):
     """
-    ROUGE-L of each image (N,) (Lin 2004, eq. 2-4): F of precision lcs / |c| and recall lcs / |r|, each the best of the
-    references. A caption without words is one word to it, "", that even matches another's.
+    ROUGE-L of each image (N,) (Lin 2004, eq. 2-4): F of precision lcs / |c| and recall lcs / |r|, each the best of the references. A
+    caption without words is one word to it, "", that even matches another's.
     """
     candidate, r = np.flatnonzero(changes(image)), np.flatnonzero(~changes(image))
     c = candidate[image[r]]
@@ -412,8 +412,8 @@ def rouge_l(words, lengths, image, beta=1.2):
 
 def evaluate(candidates, references, df=None, tokenized=False):
     """
-    candidates, N strings, and references, N lists of strings -> scores {metric: float}, per_image {metric: (N,)}; CIDEr
-    runs from 0 to 10. df: document_frequencies of another corpus. tokenized: each string is a list of tokens already.
+    candidates, N strings, and references, N lists of strings -> scores {metric: float}, per_image {metric: (N,)}; CIDEr runs from 0 to
+    10. df: document_frequencies of another corpus. tokenized: each string is a list of tokens already.
     """
     kind, what = ((list, tuple), "a list of tokens") if tokenized else (str, "a string")
     if not 0 < len(candidates) == len(references):
@@ -454,36 +454,36 @@ def read_coco(path, key=None):
         raise ValueError(f"{path} is not a COCO {'captions' if key else 'results'} file (--help tells what that is)")
 
 
-def race(side, images):
+def race(ours, images):
     """Seconds from captions to scores and from tokens to scores, medians of three, and peak MB: alone in a process."""
-    import resource
-    fives = lambda rows: (rows[:images], [rows[i:i + 5] for i in range(images, 6 * images, 5)])
+    import resource, shutil, time
     rng, syllables = np.random.default_rng(0), str.maketrans(dict(zip("0123456789", "ba de fi go hu ka le mi no ru".split())))
-    ranks = np.exp(rng.uniform(2, 9.5, (6 * images, 14))).astype(int).tolist()  # as frequent as English words: Zipf
-    made = [" ".join(map(str, row[:rng.integers(8, 15)])).translate(syllables).capitalize() + "." for row in ranks]
-    del ranks
-    (candidates, references), tokens, times = fives(made), fives(tokenize(made)), []
-    if side == "pycocoevalcap":
-        from pycocoevalcap.eval import Bleu, Cider, PTBTokenizer, Rouge
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Java talks
-        numbered = lambda candidates, references: (dict(enumerate(references)), dict(enumerate(zip(candidates))))
-        captions = [{i: [dict(caption=said) for said in row] for i, row in side.items()} for side in numbered(candidates, references)]
-        tokens = [{i: list(map(" ".join, row)) for i, row in side.items()} for side in numbered(*tokens)]
-    for _ in range(3):
+
+    def make():  # a caption for each image, of as many different words as people use, each as often as in English (Zipf)
+        ranks = np.exp(rng.uniform(0, 8.5, (images, 14))).astype(int).tolist()
+        return [" ".join(map(str, row[:rng.integers(8, 15)])).translate(syllables).capitalize() + "." for row in ranks]
+
+    def seconds(work):
         start = time.perf_counter()
-        if side == "cider.py":
-            evaluate(candidates, references)
-            middle = time.perf_counter()
-            evaluate(*tokens, tokenized=True)
-            times.append((middle - start, time.perf_counter() - middle))
+        work()
+        return time.perf_counter() - start
+
+    made, times = [make() for _ in range(6)], []
+    captions, tokens = ((candidates, list(zip(*references))) for candidates, *references in (made, list(map(tokenize, made))))
+    if not ours:
+        from pycocoevalcap.eval import Bleu, Cider, PTBTokenizer, Rouge
+        for stream in 1, 2:  # it prints much
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        captions = [{i: [dict(caption=said) for said in row] for i, row in enumerate(rows)} for rows in (captions[1], zip(captions[0]))]
+        tokens = [{i: list(map(" ".join, row)) for i, row in enumerate(rows)} for rows in (tokens[1], zip(tokens[0]))]
+    for _ in range(3):
+        if ours:
+            times.append((seconds(lambda: evaluate(*captions)), seconds(lambda: evaluate(*tokens, tokenized=True))))
         else:
-            if shutil.which("java"):
-                tokens = [PTBTokenizer().tokenize(text) for text in captions]
-            middle = time.perf_counter()
-            for metric in Bleu(4), Cider(), Rouge():
-                metric.compute_score(*tokens, **dict(verbose=0) if isinstance(metric, Bleu) else {})
-            times.append((time.perf_counter() - start, time.perf_counter() - middle))
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            lexing = seconds(lambda: list(map(PTBTokenizer().tokenize, captions))) if shutil.which("java") else np.nan
+            scoring = seconds(lambda: [metric.compute_score(*tokens) for metric in (Bleu(4), Cider(), Rouge())])
+            times.append((lexing + scoring, scoring))
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # Java's, if larger
     return *np.median(times, 0), peak / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
@@ -492,14 +492,18 @@ if __name__ == "__main__":
 
     configure(globals(), positional=("results", "captions"))
     if bench > 0:
-        found = {}
-        for side in "cider.py", *["pycocoevalcap"] * bool(importlib.util.find_spec("pycocoevalcap")):
+        from concurrent.futures import ProcessPoolExecutor
+        from importlib.util import find_spec
+        from multiprocessing import get_context
+        found = []
+        for side in ("cider.py", "pycocoevalcap")[:2 if find_spec("pycocoevalcap") else 1]:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                found[side] = process.submit(race, side, bench).result()
-            print("{}: {:.2f} s from captions to scores, {:.2f} s from tokens to scores, {:.0f} MB".format(side, *found[side]), flush=True)
+                found.append(process.submit(race, side == "cider.py", bench).result())
+            whole, scoring, memory = found[-1]
+            print(f"{side}: {whole:.2f} s from captions to scores, {scoring:.2f} s from tokens to scores, {memory:,.0f} MB", flush=True)
         if len(found) == 2:
-            whole, scoring, memory = np.divide(found["pycocoevalcap"], found["cider.py"])
-            print(f"{bench:,} images of five references: {whole:.1f} times as fast, {scoring:.1f} times from tokens, 1/{memory:.1f} of the memory")
+            whole, scoring, memory = np.divide(*reversed(found))
+            print(f"{bench:,} images: {whole:.1f} times as fast, {scoring:.1f} times from tokens, 1/{memory:.1f} of the memory")
         sys.exit()
 
     if not (results and captions):
