@@ -619,19 +619,34 @@ def test_cider_tokens_depend_on_the_next_caption():
         assert cider.tokenize(captions)[0] == wanted.split(), captions
 
 
-def test_cider_tokenizes_any_string_in_linear_time():
+def test_cider_tokens_of_several_texts_do_not_touch():
+    texts = ["letter X.", "a dog"], ["The dog", "no."], ["5 x", "<dog"], ["cat> x"]
+    words, ids, lengths = cider.read(*texts)
+    alone = [tokens for text in texts for tokens in cider.tokenize(text)]
+    assert [words[i] for i in ids] == [token for tokens in alone for token in tokens] and lengths.tolist() == list(map(len, alone))
+
+
+def test_cider_tokenizes_any_string():
     rng = random.Random(0)
     strange = ["".join(chr(rng.randrange(0x3000)) for _ in range(rng.randrange(60))) for _ in range(500)] + ["\ud800"]
     assert len(cider.tokenize(strange)) == len(strange) and cider.tokenize([]) == []
-    for piece in ("a", ".", "a.", "'", "1/", "-", " ", "(", "a,", "a+", "1-", "<a ", "a@.", "x. ", "12 345 ", "é"):
-        start = time.perf_counter()
-        cider.tokenize([piece * (100_000 // len(piece)), "zz"])
-        assert time.perf_counter() - start < 10, piece  # about 0.1 s; minutes if it were quadratic
+    # long runs: quadratic time would take hours. What is said 50 times gives its tokens 50 times.
+    for piece in ("a", ".", "a.", "'", "1/", "-", "(", "a,", "a+", "1-", "<a ", "a@.", "x. ", "12 345 ", "é", "&lt;", "u.s."):
+        run = f"{piece * (2000 // len(piece))} dog "
+        assert cider.tokenize([run * 50, "zz"])[0] == cider.tokenize([run, "zz"])[0] * 50, piece
+
+
+def test_cider_takes_a_caption_of_a_megabyte():
+    references = [["a dog runs", "the dog"], ["a cat"]]
+    scores, per_image = cider.evaluate(["a dog " * 170_000, "a cat"], references)
+    assert per_image["CIDEr"][0] < 1e-9 and per_image["ROUGE_L"][1] == 1
+    assert np.isclose(per_image["ROUGE_L"][0], 2.44 * 2 / 340_000 / (1 + 1.44 * 2 / 340_000))  # by hand: "a dog" of 340,000 words, recall 1
+    assert cider.tokenize(["a" * 10**6, "zz"])[0] == ["a" * 10**6] and cider.tokenize(["." * 10**6 + " x"])[0] == ["x"]
 
 
 def random_images(rng, images):
     words = "a the dog cat on beach red sits , 's n't 22\xa03/4 big".split(" ")
-    sentence = lambda: [rng.choice(words) for _ in range(rng.choice((0, 1, 2, 3, 5, 8, 12, 30)))]
+    sentence = lambda: [rng.choice(words) for _ in range(rng.choice((0, 1, 2, 3, 5, 8, 12, 12, 30, 64, 65, 150)))]
     references = [[sentence() for _ in range(rng.randrange(1, 8))] for _ in range(images)]
     references[0].append(["a", "dog"])  # as all references empty is an error
     return [sentence() for _ in references], references
@@ -656,17 +671,31 @@ def test_cider_scores_are_pycocoevalcaps(seed):
 def test_cider_with_given_frequencies():
     candidates, references = random_images(random.Random(1), 50)
     df = cider.document_frequencies(references)
-    assert df[()] == 50 and df["a",] == sum(any("a" in ref for ref in refs) for refs in references)
-    whole = cider.cider(candidates, references)  # a batch with its corpus's frequencies scores as it does in the corpus
-    np.testing.assert_allclose(cider.cider(candidates[7:9], references[7:9], df), whole[7:9], rtol=0, atol=1e-12)
+    assert df[()] == 50 and df["a",] == sum(any("a" in ref for ref in refs) for refs in references) and min(df.values()) > 1
+    pairs = [{pair for ref in refs for said in [" ".join(ref).split()] for pair in zip(said, said[1:])} for refs in references]
+    assert df["22", "3/4"] == sum(("22", "3/4") in said for said in pairs)  # "22~3/4", one token, is two words to CIDEr
+    whole = cider.evaluate(candidates, references, tokenized=True)[1]["CIDEr"]
+    for batch in slice(7, 9), slice(0, 1), slice(0, 50):  # scores as it does in the corpus, even an image alone
+        part = cider.evaluate(candidates[batch], references[batch], df, tokenized=True)[1]["CIDEr"]
+        np.testing.assert_allclose(part, whole[batch], rtol=0, atol=1e-12)
+
+
+def test_cider_of_one_image_is_zero():
+    scores, per_image = cider.evaluate(["a dog runs"], [["a dog runs", "the dog"]])
+    assert scores["CIDEr"] == per_image["CIDEr"][0] == 0 and scores["Bleu_4"] > 0 and scores["ROUGE_L"] == 1
 
 
 def test_cider_misuse_names_the_image():
     for candidates, references, words in (
             (["a"], [["a"], ["b"]], "1 candidates"), ([], [], "0 candidates"), (["a", "b"], [["a"], []], "image 1"),
-            (["a", 3], [["a"], ["b"]], "image 1"), (["a", "b"], [["a"], "b"], "image 1"), (["a"], [["."]], "empty")):
+            (["a", 3], [["a"], ["b"]], "image 1"), (["a", "b"], [["a"], "b"], "image 1"), (["a", "b"], [["a"], None], "image 1"),
+            (["a", "b"], [["a"], ["b", None]], "image 1"), (["a", ["b"]], [["a"], ["b"]], "image 1"), (["a"], [["."]], "image 0")):
         with pytest.raises(ValueError, match=words):
             cider.evaluate(candidates, references)
+    with pytest.raises(ValueError, match="image 0"):
+        cider.evaluate(["a dog"], [["a dog"]], tokenized=True)
+    with pytest.raises(ValueError, match="document_frequencies"):
+        cider.evaluate(["a dog"], [["a dog"]], df={})
 
 
 def test_cider_command_line(tmp_path):
@@ -681,7 +710,9 @@ def test_cider_command_line(tmp_path):
     done = judge("results.json", "captions.json", "show=1", "out=scores.json")
     scores, _ = cider.evaluate(["two birds", "a dog runs", "a dog"], list(references.values()))
     assert done.returncode == 0 and all(f"{100 * score:.2f}  {score:.4f}" in done.stdout for score in scores.values())
-    assert "'a dog'" in done.stdout and "'two birds'" not in done.stdout  # the worst is shown, the second is not
+    best, worst = (line for line in done.stdout.splitlines() if "image " in line)
+    assert best.startswith("best CIDEr") and "image 0: 'a dog runs'" in best
+    assert worst.startswith("worst CIDEr 0.000, image 1: 'a dog'") and "'A cat sits'" in worst
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [2, 0, 1]
     both = ["bad.json", "captions.json"]
@@ -703,9 +734,8 @@ def test_cider_oracle():
     assert [" ".join(cider.tokenize([caption])[0]) for caption in battery["captions"]] == battery["alone"]
     for name, case in json.load(open(os.path.join(SHARED, "metrics", "oracle_open.json"), encoding="utf-8")).items():
         candidates, references = zip(*((image["cand"], image["refs"]) for image in case["images"]))
-        tokens, reference_tokens = cider.tokenize_all(candidates, references)
-        assert [" ".join(words) for words in tokens] == case["cand_tokens"], name
-        assert [[" ".join(words) for words in refs] for refs in reference_tokens] == case["ref_tokens"], name
+        for captions, wanted in (candidates, case["cand_tokens"]), (sum(references, []), sum(case["ref_tokens"], [])):
+            assert [" ".join(words) for words in cider.tokenize(captions)] == wanted, name
         scores, per_image = cider.evaluate(candidates, references)
         for metric in scores:
             ours, theirs = (scores[metric], *per_image[metric]), (case["overall"][metric], *case["per_image"][metric])
