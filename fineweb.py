@@ -345,9 +345,10 @@ def save_atomically(path, write):
             write(f)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as problem:  # torch.save turns the system's error into one of its own
-        with suppress(OSError):
-            os.remove(path + ".tmp")
         die(f"{path} could not be written ({str(problem).splitlines()[0]}): make room on the disk; what was there before is unharmed")
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(path + ".tmp")
 
 
 if __name__ == "__main__":
