@@ -28,6 +28,7 @@ import difflib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -233,12 +234,12 @@ SPLIT_NAMES = dict(train="train2017", restval="train2017", val="val2017", test="
 def read_entries(path, pictures=""):
     """
     (split, id, path of the picture, captions) of all pictures that RISC's captions.csv (split, image, caption_1 ... caption_5) or one of
-    Karpathy's dataset_*.json names. They lie in the folder `pictures`, else beside the file, in one of the folders they usually come in.
+    Karpathy's dataset_*.json names. They lie in the folder `pictures`, or else beside the file, in a folder of one of the usual names.
     """
-    folder, name = os.path.dirname(path) or ".", os.path.basename(path).lower().removeprefix("dataset_").removesuffix(".json")
+    beside, name = os.path.dirname(path), os.path.basename(path).removeprefix("dataset_").removesuffix(".json")
+    usual = ("resized",) if path.endswith(".csv") else (f"{name.upper()}_images", f"{name}_images", name, "images", "imgs")
+    folder = pictures or next(filter(os.path.isdir, (os.path.join(beside, folder) for folder in usual)), beside)
     try:
-        usual = [entry for entry in sorted(os.listdir(folder)) if entry.lower() in ("resized", f"{name}_images", name, "images", "imgs")]
-        folder = pictures or os.path.join(folder, *usual[:1])
         with open(path, newline="", encoding="utf-8-sig") as f:
             if path.endswith(".csv"):
                 return [(row["split"], number, os.path.join(folder, row["image"]), [row[f"caption_{k}"] for k in range(1, 6)])
@@ -649,7 +650,7 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
         return [files[i] for i in bad]
     if bad:
         kept = [i for i in range(n) if i not in bad]
-        copy_rows(path, [(rows, i) for i in kept], about | identity([images[i] for i in kept]) | dict(done=len(kept), bad=[]))
+        copy_rows(path, [(rows, i) for i in kept], about | identity([images[i] for i in kept]))
         leave_out(data, split, {images[i]["id"] for i in bad})
         os.remove(path + ".part")
     else:
@@ -664,7 +665,7 @@ def copy_rows(path, rows, about):
     for row, (array, i) in zip(new, rows):
         row[:] = array[i]
     new.flush()
-    save_about(path, about)
+    save_about(path, about | dict(done=len(rows), bad=[]))
     os.replace(path + ".tmp", path)
 
 
@@ -717,7 +718,7 @@ def explore(data, path):
             "pictures": f"{len(images):,}",
             "captions": f"{len(words):,}",
             "captions a picture": f"{len(words) / len(images):.2f} ({min(map(len, captions))} to {max(map(len, captions))})",
-            "captions that say nothing new": f"{len(words) - len(repeated):,} ({1 - len(repeated) / len(words):.1%})",
+            "captions that were said before": f"{len(words) - len(repeated):,} ({1 - len(repeated) / len(words):.1%})",
             "words": f"{lengths.sum():,}",
             "words a caption": f"{lengths.mean():.1f} ({lengths.min()} to {lengths.max()})",
             "95% of captions have at most": f"{np.percentile(lengths, 95):.0f} words",
@@ -732,17 +733,21 @@ def explore(data, path):
             known, shown, often, top = {word for word, _ in frequent}, list(zip(images, captions)), repeated[:5], frequent[:25]
     lengths_ax.set(title="words in a caption", xlabel="words", ylabel="share of the captions")
     coverage_ax.set(title="vocabulary: its k commonest words make ...", xlabel="k", ylabel="... this share of the text", xscale="log", ylim=(0, 1.02))
+    lengths_ax.locator_params(axis="x", integer=True)
+    words_ax.locator_params(axis="x", nbins=5)
     for ax in (lengths_ax, coverage_ax):
         ax.grid(alpha=0.3)
         ax.legend()
     words_ax.barh(*zip(*reversed(top)), color="tab:gray")
     words_ax.set(title="commonest words of train2017", xlabel="times said")
     words_ax.tick_params(axis="y", labelsize=8)
-    for ax, i in zip(below.subplots(2, 5).flat, np.linspace(0, len(shown) - 1, 10).astype(int)):
-        image, said = shown[i]
-        ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
-        ax.set_title("\n".join(textwrap.shorten(caption, 76) for caption in said[:3]), fontsize=8, parse_math=False, wrap=True)
+    chosen = sorted({round(i) for i in np.linspace(0, len(shown) - 1, 10)})
+    for ax, i in itertools.zip_longest(below.subplots(2, 5).flat, chosen):
         ax.axis("off")
+        if i is not None:
+            image, said = shown[i]
+            ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
+            ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
     lines = [f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()) for row in table["train2017"]]
@@ -792,7 +797,7 @@ if __name__ == "__main__":
             sys.exit(0)
         bad = [file for split in splits for file in encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad)]
         if bad:
-            die(f"{len(bad):,} pictures can't be read: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. Mend these and run the same "
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. Mend these and run the same "
                 "command again, or take them out of the data set with skip_bad=True")
     if karpathy_split:
         regroup(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
