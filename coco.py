@@ -117,6 +117,12 @@ def load_captions(data, split):
     return images, captions
 
 
+def save_captions(data, split, images, annotations, **rest):
+    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
+    content = json.dumps(rest | dict(images=images, annotations=annotations)).encode()
+    save_atomically(captions_file(data, split), lambda f: f.write(content))
+
+
 def features_file(data, encoder, split):
     return os.path.join(data, "features", f"{encoder}_{split}.npy")
 
@@ -125,6 +131,15 @@ def read_about(path):
     """The sidecar of a features file: what made it, from what, and how far it is. Nothing if another program wrote the file."""
     about = path.removesuffix(".npy") + ".json"
     return json.load(open(about)) if os.path.exists(about) else {}
+
+
+def save_about(path, about):
+    save_atomically(path.removesuffix(".npy") + ".json", lambda f: f.write(json.dumps(about).encode()))
+
+
+def identity(images):
+    """What ties features to a json: how many pictures, and which, in which order."""
+    return dict(images=len(images), names=hashlib.sha256("\n".join(image["file_name"] for image in images).encode()).hexdigest())
 
 
 def load_features(data, encoder, split, n_images):
@@ -147,18 +162,19 @@ def load_features(data, encoder, split, n_images):
     return features, about
 
 
-def read_image(path):
-    """An RGB picture, turned upright."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def open_image(path):
-    """The same, or one line and the file's name."""
+def open_image(path, otherwise=die):
+    """An RGB picture, turned upright. If it can't be read, what `otherwise` makes of one line that says so."""
     try:
-        return read_image(path)
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as problem:  # there is no end to the errors that broken bytes lead Pillow to
-        die(f"{path} is not a readable picture ({problem})")
+        return otherwise(f"{path} is not a readable picture ({problem})")
+
+
+def prepare(eye, path):
+    """What an encoder takes of a picture, a tensor, or, if it can't be read, one line that says so, a string."""
+    picture = open_image(path, otherwise=str)
+    return picture if isinstance(picture, str) else eye.prepare(picture)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,28 +198,33 @@ def missing_pictures(data, split):
 
 def download_coco(data):
     """
-    Fetches and unpacks COCO 2017: 118,287 training and 5,000 validation pictures. Goes on where it was interrupted. The zip of the
-    annotations comes first and is removed last: while it is there, the data set is not whole.
+    Fetches and unpacks what is not there yet of COCO 2017: 118,287 training and 5,000 validation pictures. The zip of the annotations comes
+    first and is removed last, and with it the sign that there is work left.
     """
     import requests
 
+    lacking = [split for split in SPLITS if split not in splits_of(data) or missing_pictures(data, split)]
+    if not lacking:
+        return  # whole: the zip files that lie about are somebody's
     endpoint = os.environ.get("COCO_ENDPOINT", "http://images.cocodataset.org").rstrip("/")
+    print(f"{data} holds no whole data set: COCO 2017 is downloaded there, from {endpoint}", flush=True)
     os.makedirs(data, exist_ok=True)
-    wanted = {name: f"{endpoint}/{url}" for name, url in COCO_ZIPS.items() if name not in splits_of(data) or missing_pictures(data, name)}
+    urls = {part: f"{endpoint}/{COCO_ZIPS[part]}" for part in ("annotations", *lacking)}
     try:
-        sizes = [int(requests.head(url, timeout=30, allow_redirects=True).headers.get("Content-Length", 0)) for url in wanted.values()]
+        sizes = [int(requests.head(url, timeout=30, allow_redirects=True).headers.get("Content-Length", 0)) for url in urls.values()]
     except requests.RequestException as problem:
         die(f"{endpoint} does not answer ({type(problem).__name__}): try again later, or name a mirror in COCO_ENDPOINT")
-    here = sum(os.path.getsize(file) for part in ("*.zip*", *(f"{name}/*" for name in wanted)) for file in glob.glob(os.path.join(data, part)))
+    here = sum(os.path.getsize(file) for part in ("*2017.zip*", *(f"{split}/*" for split in lacking)) for file in glob.glob(os.path.join(data, part)))
     need_space(data, sum(sizes) + max(sizes) - here, "COCO, the largest zip beside what comes out of it,")
-    for name, url in wanted.items():
-        path = download(url, os.path.join(data, os.path.basename(url)))
-        unpack(path, data, "annotations/captions_" if name == "annotations" else f"{name}/")
-        if name in SPLITS:
-            if lost := missing_pictures(data, name):
-                die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, name)}, such as {lost[0]}: delete it and run the same command again")
+    zips = {part: os.path.join(data, os.path.basename(url)) for part, url in urls.items()}
+    for part, path in zips.items():
+        download(urls[part], path)
+        unpack(path, data, "annotations/captions_" if part == "annotations" else f"{part}/")
+        if part != "annotations":
+            if lost := missing_pictures(data, part):
+                die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, part)}, such as {lost[0]}: delete it and run the same command again")
             os.remove(path)
-    os.remove(os.path.join(data, os.path.basename(COCO_ZIPS["annotations"])))
+    os.remove(zips["annotations"])
 
 
 def unpack(path, data, start):
@@ -272,37 +293,16 @@ def convert(entries, data):
             try:
                 os.link(path, target)
             except OSError:  # another disk, or one that knows no links
-                shutil.copyfile(path, target)
+                shutil.copyfile(path, target + ".tmp")
+                os.replace(target + ".tmp", target)
     if left_out:
         print(f"{len(left_out):,} of {len(entries):,} pictures are not there or have no caption, and are left out, such as {left_out[0]}")
     if "train2017" not in sets:
         die("there is no picture to train on: say where they are with pictures=FOLDER")
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
     for split, (images, annotations) in sets.items():
-        save_atomically(captions_file(data, split), lambda f: f.write(json.dumps(dict(images=images, annotations=annotations)).encode()))
-
-
-def regroup(data, json_path, target, encoder):
-    """
-    COCO 2017, in `data`, split as Karpathy's dataset_coco.json says: 113,287 pictures to train on, 5,000 for val2017 and 5,000 for test2017,
-    on which papers report. What `encoder` sees of them moves along.
-    """
-    split_of, entries, row_of = {number: split for split, number, _, _ in read_entries(json_path)}, [], {}
-    for split in SPLITS:
-        images, captions = load_captions(data, split)
-        if lost := [image["id"] for image in images if image["id"] not in split_of]:
-            die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
-        entries += [(split_of[image["id"]], image["id"], os.path.join(data, split, image["file_name"]), said) for image, said in zip(images, captions)]
-        if encoder != "none":
-            features, about = load_features(data, encoder, split, len(images))
-            row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
-    convert(entries, target)
-    os.makedirs(os.path.join(target, "features"), exist_ok=True)
-    for split in splits_of(target):
-        images, _ = load_captions(target, split)
-        print(f"{target} {split}: {len(images):,} pictures")
-        if encoder != "none":
-            copy_rows(features_file(target, encoder, split), [row_of[image["id"]] for image in images], about | identity(images))
+        if twice := [name for name, times in Counter(image["file_name"] for image in images).items() if times > 1]:
+            die(f"{len(twice):,} names stand for several pictures of {split}, such as {twice[0]}: they can't lie in one folder")
+        save_captions(data, split, images, annotations)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,11 +401,10 @@ def draw_shapes(data, n_train, seed):
         images.append(image)
         bar.update()
     bar.close()
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
     text = "".join(a["caption"] + "\n" for a in sets["train2017"]["annotations"])
     save_atomically(os.path.join(data, "train_captions.txt"), lambda f: f.write(text.encode()))
     for split in SPLITS:  # the annotations come last: where they are, the pictures are whole
-        save_atomically(os.path.join(data, "annotations", f"captions_{split}.json"), lambda f: f.write(json.dumps(sets[split]).encode()))
+        save_captions(data, split, **sets[split])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,15 +449,6 @@ class Tagger(Patches):
         grid = torch.linspace(-1, 1, 64, device=x.device)
         where = torch.stack(torch.meshgrid(grid, grid, indexing="xy")).expand(len(x), 2, 64, 64)  # a convolution doesn't know where it is
         return self.norm(self.eye(torch.cat([x, where], 1)).flatten(2).transpose(1, 2))  # (B, 128, 8, 8) -> (B, S=64, W=128)
-
-
-def prepare(eye, file):
-    """What the encoder takes of a picture file, or, if that can't be read, the error."""
-    try:
-        picture = read_image(file)
-    except Exception as problem:
-        return problem
-    return eye.prepare(picture)
 
 
 def teach_tagger(data, steps, seed, B=48, peak=4e-3):
@@ -539,7 +529,7 @@ class OpenCLIP(nn.Module):
                     name, pretrained=None if random_weights else pretrained, force_quick_gelu=quick)
         except Exception as problem:  # open_clip, the hub's client, torch and pickle each have their own way to say it
             die(f"encoder={name} pretrained={pretrained} could not be loaded: {type(problem).__name__} {str(problem).strip().splitlines()[:1]}")
-        self.visual = model.visual
+        self.visual, self.pretrained = model.visual, pretrained
         if not hasattr(self.visual, "ln_post") or self.visual.attn_pool:
             die(f"encoder={name}: of open_clip's towers, only plain ViTs are supported, such as ViT-B-32")
         self.visual.transformer.register_forward_hook(lambda module, inputs, output: setattr(self, "tokens", output))
@@ -583,7 +573,7 @@ def encode(eye, pictures, device="cpu", autocast=contextlib.nullcontext()):
 def look(eye, files, todo, batch_size, device, autocast):
     """
     Encodes files[i] for i in todo, batch by batch, while all cores decode the next batch. Yields the numbers that could be read,
-    their tokens (B, S, W), and {number: what is wrong} of the others.
+    their tokens (B, S, W), and {number: what is wrong with it} for the others.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         def decode(start):
@@ -595,16 +585,29 @@ def look(eye, files, todo, batch_size, device, autocast):
             ahead = decode(start + batch_size)
             good = {i: pixels for i, pixels in batch.items() if torch.is_tensor(pixels)}
             tokens = encode(eye, list(good.values()), device, autocast) if good else ()
-            yield list(good), tokens, {i: problem for i, problem in batch.items() if i not in good}
+            yield list(good), tokens, {i: line for i, line in batch.items() if i not in good}
 
 
-def identity(images):
-    """What ties features to a json: how many pictures, and which, in which order."""
-    return dict(images=len(images), names=hashlib.sha256("\n".join(image["file_name"] for image in images).encode()).hexdigest())
+def copy_rows(path, rows, about):
+    """Writes a features file made of rows of others, (array, number) each, and what is known of it."""
+    new = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, (len(rows), *rows[0][0].shape[1:]))
+    for row, (array, i) in zip(new, rows):
+        row[:] = array[i]
+    new.flush()
+    save_about(path, about | dict(done=len(rows), bad=[]))
+    os.replace(path + ".tmp", path)
 
 
-def save_about(path, about):
-    save_atomically(path.removesuffix(".npy") + ".json", lambda f: f.write(json.dumps(about).encode()))
+def leave_out(data, split, ids):
+    """Takes pictures out of a split's json. As it was, it stays beside it as captions_{split}.all.json."""
+    path, copy = captions_file(data, split), os.path.join(data, "annotations", f"captions_{split}.all.json")
+    if not os.path.exists(copy):
+        shutil.copyfile(path, copy)
+    with open(path, encoding="utf-8") as f:
+        whole = json.load(f)
+    less = {key: [entry for entry in whole[key] if entry[own] not in ids] for key, own in (("images", "id"), ("annotations", "image_id"))}
+    save_captions(data, split, **whole | less)
+    print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
 
 
 def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad=False):
@@ -635,13 +638,14 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
     saved = time.time()
     with tqdm(total=n, initial=n - len(todo), desc=f"encoding {split}", unit=" images", mininterval=1) as bar:
         for good, tokens, problems in look(eye, files, todo, batch_size, device, autocast):
-            for i, problem in problems.items():
-                bar.write(f"{files[i]} is not a readable picture ({problem})")
+            for problem in problems.values():
+                bar.write(problem)
             if good:
                 rows[good] = tokens
-            about |= dict(done=max(about["done"], *good, *problems) + 1, bad=sorted(set(about["bad"]) - set(good) | set(problems)))
+            about["done"] = max(about["done"], max([*good, *problems]) + 1)
+            about["bad"] = sorted(set(about["bad"]) - set(good) | set(problems))
             bar.update(len(good) + len(problems))
-            if time.time() - saved > 2 or about["done"] >= n:
+            if time.time() - saved > 2 or about["done"] == n:
                 rows.flush()  # first the rows, then the word that they are there
                 save_about(path, about)
                 saved = time.time()
@@ -659,43 +663,43 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
     return []
 
 
-def copy_rows(path, rows, about):
-    """Writes a features file made of rows of others, (array, number) each, and what is known of it."""
-    new = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, (len(rows), *rows[0][0].shape[1:]))
-    for row, (array, i) in zip(new, rows):
-        row[:] = array[i]
-    new.flush()
-    save_about(path, about | dict(done=len(rows), bad=[]))
-    os.replace(path + ".tmp", path)
+def regroup(data, json_path, target, encoder):
+    """
+    COCO 2017, in `data`, split as Karpathy's dataset_coco.json says: 113,287 pictures to train on, 5,000 for val2017 and 5,000 for test2017,
+    on which papers report. What `encoder` sees of them moves along.
+    """
+    split_of, entries, row_of = {number: split for split, number, _, _ in read_entries(json_path)}, [], {}
+    for split in SPLITS:
+        images, captions = load_captions(data, split)
+        if lost := [image["id"] for image in images if image["id"] not in split_of]:
+            die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
+        entries += [(split_of[image["id"]], image["id"], os.path.join(data, split, image["file_name"]), said) for image, said in zip(images, captions)]
+        if encoder != "none":
+            features, about = load_features(data, encoder, split, len(images))
+            row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
+    convert(entries, target)
+    os.makedirs(os.path.join(target, "features"), exist_ok=True)
+    for split in splits_of(target):
+        images, _ = load_captions(target, split)
+        print(f"{target} {split}: {len(images):,} pictures")
+        if encoder != "none":
+            copy_rows(features_file(target, encoder, split), [row_of[image["id"]] for image in images], about | identity(images))
 
 
-def leave_out(data, split, ids):
-    """Takes pictures out of a split's json. As it was, it stays beside it as captions_{split}.all.json."""
-    path = captions_file(data, split)
-    with open(path, encoding="utf-8") as f:
-        whole = json.load(f)
-    if not os.path.exists(path.replace(".json", ".all.json")):
-        shutil.copyfile(path, path.replace(".json", ".all.json"))
-    less = {key: [entry for entry in whole[key] if entry[own] not in ids] for key, own in (("images", "id"), ("annotations", "image_id"))}
-    save_atomically(path, lambda f: f.write(json.dumps(whole | less).encode()))
-    print(f"{path}: {len(ids):,} unreadable pictures left out; captions_{split}.all.json still names them")
-
-
-def measure(data, eye, batch_size, device, autocast, n=256, repeats=5):
-    """Pictures a second from their files, beside those of the encoder alone on pixels in memory: medians of rounds taken in turn."""
+def measure(data, eye, batch_size, device, autocast, repeats=5):
+    """Pictures a second from their files, beside those of the encoder alone, its pixels ready in memory: medians of rounds taken in turn."""
     images, _ = load_captions(data, "train2017")
-    files = [os.path.join(data, "train2017", images[i % len(images)]["file_name"]) for i in range(n)]
-    pixels, speeds = [eye.prepare(open_image(file)) for file in files[:batch_size]], []
+    files = [os.path.join(data, "train2017", images[i % len(images)]["file_name"]) for i in range(4 * batch_size)]
+    pixels, rounds = [eye.prepare(open_image(file)) for file in files[:batch_size]], []
     for _ in range(repeats + 1):
         t0 = time.time()
-        for _ in range(0, n, batch_size):
+        for _ in range(4):
             encode(eye, pixels, device, autocast)
         t1 = time.time()
-        for _ in look(eye, files, range(n), batch_size, device, autocast):
-            pass
-        speeds.append((n / (t1 - t0), n / (time.time() - t1), (t1 - t0) / (time.time() - t1)))
-    alone, whole, ratio = (statistics.median(column) for column in zip(*speeds[1:]))  # the first round warms up
-    print(f"{whole:.1f} pictures/s from files, {alone:.1f} by the encoder alone: {ratio:.0%} of its speed ({n} pictures, batch_size={batch_size}, {device})")
+        list(look(eye, files, range(len(files)), batch_size, device, autocast))
+        rounds.append((len(files) / (t1 - t0), len(files) / (time.time() - t1), (t1 - t0) / (time.time() - t1)))
+    alone, whole, ratio = (statistics.median(column) for column in zip(*rounds[1:]))  # the first round warms up
+    print(f"{whole:.1f} pictures/s from files, {alone:.1f} by the encoder alone: {ratio:.0%} of its speed (batch_size={batch_size}, {device})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -703,7 +707,7 @@ def measure(data, eye, batch_size, device, autocast, n=256, repeats=5):
 
 
 def explore(data, path):
-    """Draws what a data set looks like into the file `path`, and returns a table of it as text. Words are cut as cider.py cuts them."""
+    """Prints a table of what is in a data set, and draws it into the file `path`. Words are cut as cider.py cuts them."""
     plt, table, known = pyplot(), {}, set()
     fig = plt.figure(figsize=(14, 10.5), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=(1, 1.8))
@@ -750,10 +754,11 @@ def explore(data, path):
             ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
-    lines = [f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()) for row in table["train2017"]]
-    return "\n".join([" " * 32 + "".join(f"{split:>20}" for split in table), *lines,
-                      "captions said most often: " + "; ".join(f"{times} x \"{caption}\"" for caption, times in often),
-                      "commonest words: " + ", ".join(f"{word} {count:,}" for word, count in top)])
+    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in table))
+    for row in table["train2017"]:
+        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()))
+    print("captions said most often: " + "; ".join(f"{times} x \"{caption}\"" for caption, times in often))
+    print("commonest words: " + ", ".join(f"{word} {count:,}" for word, count in top) + f"\nthe figure: {path}")
 
 
 if __name__ == "__main__":
@@ -764,8 +769,7 @@ if __name__ == "__main__":
         if splits_of(data) or data == "data/coco2017":
             die(f"data={data} is taken: give data= a folder of its own, or leave out shapes=, risc_csv=, karpathy_json= to use what is there")
         draw_shapes(data, shapes, seed) if shapes else convert(read_entries(converted, pictures), data)
-    elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "annotations_trainval2017.zip*")):
-        print(f"{data} holds no whole data set: COCO 2017 is downloaded there", flush=True)
+    elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "*2017.zip*")):  # nothing is there, or half of it
         download_coco(data)
     splits = splits_of(data) or SPLITS
     for split in splits:
@@ -773,10 +777,7 @@ if __name__ == "__main__":
         print(f"{data} {split}: {len(images):,} pictures, {sum(map(len, captions)):,} captions, such as \"{captions[0][0].strip()}\"")
     if eda:
         os.makedirs("out", exist_ok=True)
-        target = os.path.join("out", f"eda_{os.path.basename(os.path.abspath(data))}")
-        table = explore(data, target + ".png")
-        save_atomically(target + ".txt", lambda f: f.write(table.encode()))
-        print(f"\n{table}\n\nthis table: {target}.txt, a figure: {target}.png")
+        explore(data, os.path.join("out", f"eda_{os.path.basename(os.path.abspath(data))}.png"))
         sys.exit(0)
 
     there = [path for split in splits if os.path.exists(path := features_file(data, encoder, split))]
@@ -790,7 +791,7 @@ if __name__ == "__main__":
         if encoder == "tagger" and not os.path.exists(taught):
             teach_tagger(data, teach_steps, seed)
         eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None)
-        made_by = dict(encoder=encoder, pretrained=pretrained, weights=fingerprint(eye), parameters=sum(p.numel() for p in eye.parameters()))
+        made_by = dict(encoder=encoder, pretrained=getattr(eye, "pretrained", None), weights=fingerprint(eye), parameters=sum(p.numel() for p in eye.parameters()))
         eye.to(device)
         if bench:
             measure(data, eye, batch_size, device, autocast)

@@ -810,13 +810,14 @@ def test_coco_is_downloaded_verified_and_goes_on(mirror, drawn, tmp_path, monkey
     assert "are free" in capsys.readouterr().err and os.listdir(tmp_path / "full") == []
 
 
-def test_eda_counts_what_is_there(tmp_path):
+def test_eda_counts_what_is_there(tmp_path, capsys):
     os.makedirs(tmp_path / "imgs")
     for k in range(3):
         Image.new("RGB", (20, 10)).save(tmp_path / f"imgs/{k}.png")
     said = {0: ["a dog .", "A dog", "two dogs run"], 1: ["a cat $x$"], 2: ["a bird"]}
     coco.convert([("test" if k == 2 else "train", k + 1, str(tmp_path / f"imgs/{k}.png"), said[k]) for k in said], str(tmp_path / "set"))
-    rows = {line[:32].strip(): line[32:].split() for line in coco.explore(str(tmp_path / "set"), str(tmp_path / "eda.png")).splitlines()}
+    coco.explore(str(tmp_path / "set"), str(tmp_path / "eda.png"))
+    rows = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
     assert rows["pictures"] == ["2", "1"] and rows["captions"] == ["4", "1"] and rows["captions a picture"][:4] == ["2.00", "(1", "to", "3)"]
     assert rows["captions that were said before"] == ["1", "(25.0%)", "0", "(0.0%)"] and rows["words a caption"][0] == "3.0"
     assert rows["words"] == ["12", "2"] and rows["vocabulary"][::2] == ["8", "2"] and rows["... not in train2017"] == ["1"]
