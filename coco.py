@@ -142,8 +142,11 @@ def identity(images):
     return dict(images=len(images), names=hashlib.sha256("\n".join(image["file_name"] for image in images).encode()).hexdigest())
 
 
-def load_features(data, encoder, split, n_images):
-    """The encoded pictures of a split, a memory-mapped (n_images, S tokens, W width) array, and what is known of their encoder."""
+def load_features(data, encoder, split, n_images, images=None):
+    """
+    The encoded pictures of a split, a memory-mapped (n_images, S tokens, W width) array, and what is known of their encoder.
+    Given the json's images too, they must be those that were encoded, in the same order.
+    """
     path, command = features_file(data, encoder, split), f"`python coco.py data={data} encoder={encoder}`"
     about, here = read_about(path), [p for p in (path, path + ".part") if os.path.exists(p)]
     done = about.get("done", n_images) - len(about.get("bad", []))
@@ -157,6 +160,8 @@ def load_features(data, encoder, split, n_images):
         die(f"{path} is not a whole .npy file ({problem}): delete it and run {command}")
     if features.ndim != 3 or len(features) != n_images:
         die(f"{path} has shape {features.shape}, but the captions of {split} belong to {n_images} images: encode again, or use the json it was made from")
+    if images and about.get("names", identity(images)["names"]) != identity(images)["names"]:
+        die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in another order: delete it and run {command}")
     if not about and os.environ.get("RANK", "0") == "0":
         print(f"{path} is taken as it is: no .json beside it says what made it")
     return features, about
@@ -620,11 +625,11 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
     about = made_by | identity(images) | dict(done=0, bad=[])  # how many were looked at, in order; which of them can't be read
     there = [p for p in (path, path + ".part") if os.path.exists(p)]
     before = read_about(path) if there else {}
-    for key, what in (("weights", "weights or another activation of the encoder"), ("names", "pictures, or in another order,")):
+    for key, what in (("weights", "weights of the encoder, or another activation,"), ("names", "pictures, or in another order,")):
         if before.get(key, about[key]) != about[key]:
             die(f"{there[0]} was made with other {what} than these: delete it to encode anew, or take another data=")
     if os.path.exists(path):
-        load_features(data, made_by["encoder"], split, n)
+        load_features(data, made_by["encoder"], split, n, images)
         print(f"{path} is there already")
         return []
     if there and before.get("done"):
@@ -675,7 +680,7 @@ def regroup(data, json_path, target, encoder):
             die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
         entries += [(split_of[image["id"]], image["id"], os.path.join(data, split, image["file_name"]), said) for image, said in zip(images, captions)]
         if encoder != "none":
-            features, about = load_features(data, encoder, split, len(images))
+            features, about = load_features(data, encoder, split, len(images), images)
             row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
     convert(entries, target)
     os.makedirs(os.path.join(target, "features"), exist_ok=True)
