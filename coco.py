@@ -117,10 +117,9 @@ def load_captions(data, split):
     return images, captions
 
 
-def save_captions(data, split, images, annotations, **rest):
+def save_captions(data, split, content):
     os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
-    content = json.dumps(rest | dict(images=images, annotations=annotations)).encode()
-    save_atomically(captions_file(data, split), lambda f: f.write(content))
+    save_atomically(captions_file(data, split), lambda f: f.write(json.dumps(content).encode()))
 
 
 def features_file(data, encoder, split):
@@ -307,7 +306,7 @@ def convert(entries, data):
     for split, (images, annotations) in sets.items():
         if twice := [name for name, times in Counter(image["file_name"] for image in images).items() if times > 1]:
             die(f"{len(twice):,} names stand for several pictures of {split}, such as {twice[0]}: they can't lie in one folder")
-        save_captions(data, split, images, annotations)
+        save_captions(data, split, dict(images=images, annotations=annotations))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -409,7 +408,7 @@ def draw_shapes(data, n_train, seed):
     text = "".join(a["caption"] + "\n" for a in sets["train2017"]["annotations"])
     save_atomically(os.path.join(data, "train_captions.txt"), lambda f: f.write(text.encode()))
     for split in SPLITS:  # the annotations come last: where they are, the pictures are whole
-        save_captions(data, split, **sets[split])
+        save_captions(data, split, sets[split])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -533,7 +532,7 @@ class OpenCLIP(nn.Module):
                 model, _, self.prepare = open_clip.create_model_and_transforms(
                     name, pretrained=None if random_weights else pretrained, force_quick_gelu=quick)
         except Exception as problem:  # open_clip, the hub's client, torch and pickle each have their own way to say it
-            die(f"encoder={name} pretrained={pretrained} could not be loaded: {type(problem).__name__} {str(problem).strip().splitlines()[:1]}")
+            die(f"encoder={name} pretrained={pretrained} could not be loaded ({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
         self.visual, self.pretrained = model.visual, pretrained
         if not hasattr(self.visual, "ln_post") or self.visual.attn_pool:
             die(f"encoder={name}: of open_clip's towers, only plain ViTs are supported, such as ViT-B-32")
@@ -611,7 +610,7 @@ def leave_out(data, split, ids):
     with open(path, encoding="utf-8") as f:
         whole = json.load(f)
     less = {key: [entry for entry in whole[key] if entry[own] not in ids] for key, own in (("images", "id"), ("annotations", "image_id"))}
-    save_captions(data, split, **whole | less)
+    save_captions(data, split, whole | less)
     print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
 
 
@@ -796,7 +795,8 @@ if __name__ == "__main__":
         if encoder == "tagger" and not os.path.exists(taught):
             teach_tagger(data, teach_steps, seed)
         eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None)
-        made_by = dict(encoder=encoder, pretrained=getattr(eye, "pretrained", None), weights=fingerprint(eye), parameters=sum(p.numel() for p in eye.parameters()))
+        made_by = dict(encoder=encoder, pretrained=getattr(eye, "pretrained", None), weights=fingerprint(eye),
+                       parameters=sum(p.numel() for p in eye.parameters()))
         eye.to(device)
         if bench:
             measure(data, eye, batch_size, device, autocast)
