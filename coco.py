@@ -1,29 +1,47 @@
 """
 Pictures with captions, and the frozen eye that looks at them. A data set is a folder laid out as COCO 2017 is:
 
-    annotations/captions_{train2017,val2017}.json    five captions a picture, written by people
+    annotations/captions_{train2017,val2017}.json    five captions a picture, written by people; test2017 where there is one
     train2017/*.jpg  val2017/*.jpg
     features/{encoder}_{split}.npy                   what the encoder sees: float16 (pictures, tokens, width),
-                                                     row i = i-th entry of the json's "images"
+                                                     row i = i-th entry of the json's "images"; beside it, a .json of what made it
 
     python coco.py                                             # downloads COCO (19 GB), encodes it with CLIP ViT-B/32 (9.5 GB)
     python coco.py data=myphotos                               # encodes any folder laid out like this
+    python coco.py data=data/risc risc_csv=risc/captions.csv   # brings RISC's aerial pictures into this layout, and encodes them
+    python coco.py data=data/ucm karpathy_json=ucm/dataset_ucm.json              # ... or a data set in Karpathy's format
+    python coco.py karpathy_split=dataset_coco.json            # COCO in the splits that papers report on: data/coco2017_karpathy
     python coco.py data=data/shapes shapes=8000 encoder=none   # draws a data set instead: 8,000 small scenes, in seconds
     python coco.py data=data/shapes encoder=tagger             # ... and encodes it with an eye of our own, taught in half a minute
+    python coco.py data=myphotos eda=True                      # what is in it: a table and a figure
+
+What was interrupted goes on where it stopped when the same command is run again. One GPU is enough: the cores that decode the pictures
+set the pace. COCO_ENDPOINT names a mirror of images.cocodataset.org.
 
 An encoder runs once: it is frozen, so what it sees of a picture never changes. Encoders: any ViT tower of open_clip
 (ViT-B-32: 50 tokens x 768), `tagger` (64 x 128, taught here, by the training captions alone, to notice what they speak of)
 and `patches` (64 x 194: the raw pixels). Features that another program wrote, such as squeezenet1_1's, are taken as they are.
 """
 import contextlib
+import csv
+import difflib
+import glob
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shutil
+import stat
+import statistics
+import sys
+import textwrap
 import time
 import zipfile
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,25 +53,41 @@ from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 from fineweb import configure, die, download, save_atomically, show
-from train_gpt2 import load_checkpoint, load_weights, save_checkpoint, setup
+from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, setup
+from cider import tokenize
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python coco.py name=value` overrides any of them
 
 data = "data/coco2017"      # the data set's folder
-shapes = None               # draw so many training scenes (and a twentieth of that for validation) instead of downloading
+shapes = 0                  # draw so many training scenes (and a twentieth of that for validation) instead of downloading
+risc_csv = ""               # make the data set from this captions.csv and the folder resized/ beside it
+karpathy_json = ""          # make the data set from this dataset_*.json
+pictures = ""               # karpathy_json=: the folder of its pictures; looked for beside it if not given
+karpathy_split = ""         # Karpathy's dataset_coco.json: regroup COCO 2017 as it says, in a folder of its own beside data
 encoder = "ViT-B-32"        # an open_clip model name, tagger, patches; none = make the data set, encode nothing
-pretrained = "openai"       # open_clip's tag of the weights, or a local weights file
+pretrained = "openai"       # open_clip's tag of the weights, or a local weights file; none = random weights, to try the plumbing
+skip_bad = False            # pictures that can't be read: take them out of the json, instead of ending with their names
 batch_size = 128            # pictures encoded at once
 teach_steps = 450           # steps that the tagger is taught for
+eda = False                 # draw and tabulate the data set instead of encoding it, into out/
+bench = False               # measure instead: pictures a second from their files against those of the encoder alone
 seed = 1337
 device = None               # cuda, cpu, mps; None takes the best there is
 dtype = None                # bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
 
-SPLITS = ("train2017", "val2017")
+SPLITS = ("train2017", "val2017")  # every data set has these; some have test2017 too
 
 # ----------------------------------------------------------------------------------------------------------------------
 # reading a data set
+
+
+def captions_file(data, split):
+    return os.path.join(data, "annotations", f"captions_{split}.json")
+
+
+def splits_of(data):
+    return [split for split in (*SPLITS, "test2017") if os.path.exists(captions_file(data, split))]
 
 
 def load_captions(data, split):
@@ -63,7 +97,7 @@ def load_captions(data, split):
     """
     from pycocotools.coco import COCO
 
-    path = os.path.join(data, "annotations", f"captions_{split}.json")
+    path = captions_file(data, split)
     if not os.path.isdir(data):
         die(f"data={data}: no such folder")
     if not os.path.exists(path):
@@ -83,52 +117,196 @@ def load_captions(data, split):
     return images, captions
 
 
+def save_captions(data, split, content):
+    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
+    save_atomically(captions_file(data, split), lambda f: f.write(json.dumps(content).encode()))
+
+
 def features_file(data, encoder, split):
     return os.path.join(data, "features", f"{encoder}_{split}.npy")
 
 
-def load_features(data, encoder, split, n_images):
-    """The encoded pictures of a split, a memory-mapped (n_images, S tokens, W width) array, and what is known of their encoder."""
-    path = features_file(data, encoder, split)
-    if not os.path.exists(path):
-        die(f"{path} is missing: make it with `python coco.py data={data} encoder={encoder}`")
+def read_about(path):
+    """The sidecar of a features file: what made it, from what, and how far it is. Nothing if another program wrote the file."""
+    about = path.removesuffix(".npy") + ".json"
+    return json.load(open(about)) if os.path.exists(about) else {}
+
+
+def save_about(path, about):
+    save_atomically(path.removesuffix(".npy") + ".json", lambda f: f.write(json.dumps(about).encode()))
+
+
+def identity(images):
+    """What ties features to a json: how many pictures, and which, in which order."""
+    return dict(images=len(images), names=hashlib.sha256("\n".join(image["file_name"] for image in images).encode()).hexdigest())
+
+
+def load_features(data, encoder, split, n_images, images=None):
+    """
+    The encoded pictures of a split, a memory-mapped (n_images, S tokens, W width) array, and what is known of their encoder.
+    Given the json's images too, they must be those that were encoded, in the same order.
+    """
+    path, command = features_file(data, encoder, split), f"`python coco.py data={data} encoder={encoder}`"
+    about, here = read_about(path), [p for p in (path, path + ".part") if os.path.exists(p)]
+    done = about.get("done", n_images) - len(about.get("bad", []))
+    if here and done < about.get("images", n_images):
+        die(f"{path} is not finished: {done:,} of {about['images']:,} pictures are encoded; {command} goes on")
+    if path not in here:
+        die(f"{path} is missing: make it with {command}")
     try:
         features = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as problem:
-        die(f"{path} is not a whole .npy file ({problem}): delete it and run `python coco.py data={data} encoder={encoder}`")
+        die(f"{path} is not a whole .npy file ({problem}): delete it and run {command}")
     if features.ndim != 3 or len(features) != n_images:
         die(f"{path} has shape {features.shape}, but the captions of {split} belong to {n_images} images: encode again, or use the json it was made from")
-    about = path.removesuffix(".npy") + ".json"
-    return features, json.load(open(about)) if os.path.exists(about) else {}
+    if images and about.get("names", identity(images)["names"]) != identity(images)["names"]:
+        die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in another order: delete it and run {command}")
+    if not about and os.environ.get("RANK", "0") == "0":
+        print(f"{path} is taken as it is: no .json beside it says what made it")
+    return features, about
 
 
-def open_image(path):
-    """An RGB picture, turned upright; one line and the file's name if it can't be read."""
+def open_image(path, otherwise=die):
+    """An RGB picture, turned upright. If it can't be read, what `otherwise` makes of one line that says so."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        die(f"{path} is not a readable picture ({problem})")
+    except Exception as problem:  # there is no end to the errors that broken bytes lead Pillow to
+        return otherwise(f"{path} is not a readable picture ({problem})")
+
+
+def prepare(eye, path):
+    """What an encoder takes of a picture, a tensor, or, if it can't be read, one line that says so, a string."""
+    picture = open_image(path, otherwise=str)
+    return picture if isinstance(picture, str) else eye.prepare(picture)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # COCO itself
 
+COCO_ZIPS = dict(annotations="annotations/annotations_trainval2017.zip", train2017="zips/train2017.zip", val2017="zips/val2017.zip")
+
+
+def need_space(folder, n_bytes, what):
+    free = shutil.disk_usage(folder).free
+    if n_bytes > free:
+        die(f"{what} needs {n_bytes / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are free: make room, or take another data=")
+
+
+def missing_pictures(data, split):
+    """The pictures of a split that its json names and its folder has not."""
+    folder = os.path.join(data, split)
+    have = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    return [image["file_name"] for image in load_captions(data, split)[0] if image["file_name"] not in have]
+
 
 def download_coco(data):
-    """Fetches and unpacks COCO 2017: 118,287 training and 5,000 validation pictures, 19 GB of zip files. Goes on where it was interrupted."""
-    for name, url in (("annotations", "annotations/annotations_trainval2017.zip"), *((s, f"zips/{s}.zip") for s in SPLITS)):
-        path = os.path.join(data, os.path.basename(url))
-        if os.path.isdir(os.path.join(data, name)) and not os.path.exists(path):
-            continue  # a zip is removed once it is unpacked
-        download(f"http://images.cocodataset.org/{url}", path)
-        try:
-            with zipfile.ZipFile(path) as z:
-                for member in tqdm(z.namelist(), desc=f"unpacking {name}", mininterval=1):
-                    z.extract(member, data)  # extract() drops '..' and absolute paths from members' names
-        except zipfile.BadZipFile as problem:
-            die(f"{path} is damaged ({problem}): delete it and run the same command again")
-        os.remove(path)
+    """
+    Fetches and unpacks what is not there yet of COCO 2017: 118,287 training and 5,000 validation pictures. The zip of the annotations comes
+    first and is removed last, and with it the sign that there is work left.
+    """
+    import requests
+
+    lacking = [split for split in SPLITS if split not in splits_of(data) or missing_pictures(data, split)]
+    if not lacking:
+        return  # whole: the zip files that lie about are somebody's
+    endpoint = os.environ.get("COCO_ENDPOINT", "http://images.cocodataset.org").rstrip("/")
+    print(f"{data} holds no whole data set: COCO 2017 is downloaded there, from {endpoint}", flush=True)
+    os.makedirs(data, exist_ok=True)
+    urls = {part: f"{endpoint}/{COCO_ZIPS[part]}" for part in ("annotations", *lacking)}
+    try:
+        sizes = [int(requests.head(url, timeout=30, allow_redirects=True).headers.get("Content-Length", 0)) for url in urls.values()]
+    except requests.RequestException as problem:
+        die(f"{endpoint} does not answer ({type(problem).__name__}): try again later, or name a mirror in COCO_ENDPOINT")
+    here = sum(os.path.getsize(file) for part in ("*2017.zip*", *(f"{split}/*" for split in lacking)) for file in glob.glob(os.path.join(data, part)))
+    need_space(data, sum(sizes) + max(sizes) - here, "COCO, the largest zip beside what comes out of it,")
+    zips = {part: os.path.join(data, os.path.basename(url)) for part, url in urls.items()}
+    for part, path in zips.items():
+        download(urls[part], path)
+        unpack(path, data, "annotations/captions_" if part == "annotations" else f"{part}/")
+        if part != "annotations":
+            if lost := missing_pictures(data, part):
+                die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, part)}, such as {lost[0]}: delete it and run the same command again")
+            os.remove(path)
+    os.remove(zips["annotations"])
+
+
+def unpack(path, data, start):
+    """Extracts those members of a zip whose names begin with `start`. What is there already in its full size is left alone."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            for member in z.infolist():  # ../../.bashrc, or a link to such a place, would be written outside the folder
+                parts = member.filename.replace("\\", "/").split("/")
+                if ".." in parts or not parts[0] or ":" in parts[0] or stat.S_ISLNK(member.external_attr >> 16):
+                    die(f"{path} is not COCO's: its member {member.filename!r} would be written outside {data}. Nothing was unpacked; delete it")
+            for member in tqdm(z.infolist(), desc=f"unpacking {start}", mininterval=1):
+                target = os.path.join(data, member.filename)
+                wanted = member.filename.startswith(start) and not member.is_dir()
+                if wanted and not (os.path.exists(target) and os.path.getsize(target) == member.file_size):
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    with z.open(member) as content:  # reading to the end checks the member's CRC
+                        save_atomically(target, lambda f: shutil.copyfileobj(content, f))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
+        die(f"{path} is damaged ({problem}): delete it and run the same command again")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# other people's data sets, brought into COCO's layout
+
+SPLIT_NAMES = dict(train="train2017", restval="train2017", val="val2017", test="test2017")  # restval: what COCO's val had left over
+
+
+def read_entries(path, pictures=""):
+    """
+    (split, id, path of the picture, captions) of all pictures that RISC's captions.csv (split, image, caption_1 ... caption_5) or one of
+    Karpathy's dataset_*.json names. They lie in the folder `pictures`, or else beside the file, in a folder of one of the usual names.
+    """
+    beside, name = os.path.dirname(path), os.path.basename(path).removeprefix("dataset_").removesuffix(".json")
+    usual = ("resized",) if path.endswith(".csv") else (f"{name.upper()}_images", f"{name}_images", name, "images", "imgs")
+    folder = pictures or next(filter(os.path.isdir, (os.path.join(beside, folder) for folder in usual)), beside)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            if path.endswith(".csv"):
+                return [(row["split"], number, os.path.join(folder, row["image"]), [row[f"caption_{k}"] for k in range(1, 6)])
+                        for number, row in enumerate(csv.DictReader(f), 1)]
+            return [(image["split"], image.get("cocoid", number), os.path.join(folder, image.get("filepath", ""), image["filename"]),
+                     [sentence["raw"] for sentence in image["sentences"]]) for number, image in enumerate(json.load(f)["images"], 1)]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        die(f"{path} is neither RISC's captions.csv nor one of Karpathy's dataset_*.json ({type(problem).__name__}: {problem})")
+
+
+def convert(entries, data):
+    """
+    Writes what read_entries returns as a data set in the folder `data`. Pictures are hard links to the originals where the file system can,
+    and take no space. Those that are not there or have no caption are left out, counted and said.
+    """
+    sets, left_out = {}, []
+    for split, number, path, captions in tqdm(entries, desc="converting", mininterval=1):
+        if split not in SPLIT_NAMES:
+            die(f"{path} is of the split {split!r}; known are {', '.join(SPLIT_NAMES)}")
+        captions = [caption.strip() for caption in captions if caption and caption.strip()]
+        if not captions or not os.path.isfile(path):
+            left_out.append(path)
+            continue
+        images, annotations = sets.setdefault(SPLIT_NAMES[split], ([], []))
+        images.append(dict(id=number, file_name=os.path.basename(path)))
+        annotations += [dict(id=len(annotations) + k, image_id=number, caption=caption) for k, caption in enumerate(captions, 1)]
+        target = os.path.join(data, SPLIT_NAMES[split], os.path.basename(path))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if not os.path.exists(target):
+            try:
+                os.link(path, target)
+            except OSError:  # another disk, or one that knows no links
+                shutil.copyfile(path, target + ".tmp")
+                os.replace(target + ".tmp", target)
+    if left_out:
+        print(f"{len(left_out):,} of {len(entries):,} pictures are not there or have no caption, and are left out, such as {left_out[0]}")
+    if "train2017" not in sets:
+        die("there is no picture to train on: say where they are with pictures=FOLDER")
+    for split, (images, annotations) in sets.items():
+        if twice := [name for name, times in Counter(image["file_name"] for image in images).items() if times > 1]:
+            die(f"{len(twice):,} names stand for several pictures of {split}, such as {twice[0]}: they can't lie in one folder")
+        save_captions(data, split, dict(images=images, annotations=annotations))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,11 +405,10 @@ def draw_shapes(data, n_train, seed):
         images.append(image)
         bar.update()
     bar.close()
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
     text = "".join(a["caption"] + "\n" for a in sets["train2017"]["annotations"])
     save_atomically(os.path.join(data, "train_captions.txt"), lambda f: f.write(text.encode()))
     for split in SPLITS:  # the annotations come last: where they are, the pictures are whole
-        save_atomically(os.path.join(data, "annotations", f"captions_{split}.json"), lambda f: f.write(json.dumps(sets[split]).encode()))
+        save_captions(data, split, sets[split])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,11 +469,13 @@ def teach_tagger(data, steps, seed, B=48, peak=4e-3):
     optimizer = torch.optim.AdamW(tagger.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     with ThreadPoolExecutor() as pool:
         files = [os.path.join(data, "train2017", image["file_name"]) for image in images]
-        pictures = torch.stack(list(pool.map(lambda file: tagger.prepare(open_image(file)), tqdm(files, desc="reading", mininterval=1))))  # (N, 64, 64, 3)
+        pixels = list(pool.map(lambda file: prepare(tagger, file), tqdm(files, desc="reading", mininterval=1)))
+    readable = [i for i, x in enumerate(pixels) if torch.is_tensor(x)]
+    pictures, used = torch.stack([pixels[i] for i in readable]), used[readable]  # (N, 64, 64, 3), (N, words)
     bar = tqdm(range(steps), desc="teaching the tagger", mininterval=1)
     for step in bar:
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 20, 1 - step / steps)
-        chosen = rng.choice(len(images), B, replace=len(images) < B)
+        chosen = rng.choice(len(pictures), B, replace=len(pictures) < B)
         votes = tagger.vote(tagger(pictures[chosen])).amax(1)  # (B, S, words) -> (B, words)
         loss = F.binary_cross_entropy_with_logits(votes, used[chosen])
         loss.backward()
@@ -325,20 +504,38 @@ def mend_torchvision():
 
 
 class OpenCLIP(nn.Module):
-    """A ViT tower of open_clip, with its own preprocessing; all tokens of the last layer, post-layernorm applied: ViT-B-32 gives (B, 50, 768)."""
+    """
+    A ViT tower of open_clip, with its own preprocessing; all tokens of the last layer, the class token first: ViT-B-32 gives (B, 50, 768).
+    Post-layernorm is applied to every token, as CLIP applies it to the class token. pretrained: a tag, a file, or none for random weights.
+    """
 
     def __init__(self, name, pretrained):
         super().__init__()
         mend_torchvision()
         import open_clip
 
-        if name not in open_clip.list_models():
-            die(f"encoder={name}: not tagger, patches or a model of open_clip (python -c 'import open_clip; print(open_clip.list_models())')")
-        # OpenAI trained with a quick approximation of GELU; with the exact one its weights see noticeably worse
-        model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=pretrained, force_quick_gelu=pretrained == "openai")
-        self.visual = model.visual
-        if not hasattr(self.visual, "ln_post"):
-            die(f"encoder={name}: only open_clip's own ViT towers are supported")
+        def near(word, known):
+            return "such as " + ", ".join(difflib.get_close_matches(word, known, 4, 0.3))
+
+        if name not in (models := open_clip.list_models()):
+            die(f"encoder={name} is not tagger, patches or a model of open_clip, {near(name, models)}")
+        if random_weights := pretrained in (None, "none"):
+            print(f"CAUTION: {name} has random weights (pretrained=none). It sees next to nothing: good for trying the plumbing only", flush=True)
+        elif pretrained not in (tags := open_clip.list_pretrained_tags_by_model(name)) and not os.path.isfile(pretrained):
+            die(f"pretrained={pretrained} is neither a file nor weights that open_clip has for {name}, {near(pretrained, tags)}; none = random weights")
+        # OpenAI and a few others trained with a quick approximation of GELU; with the exact one their weights see noticeably worse.
+        # open_clip knows which tags did. What a file needs, the model's name must say: encoder=ViT-B-32-quickgelu
+        quick = not random_weights and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # random weights are the same ones each time
+                model, _, self.prepare = open_clip.create_model_and_transforms(
+                    name, pretrained=None if random_weights else pretrained, force_quick_gelu=quick)
+        except Exception as problem:  # open_clip, the hub's client, torch and pickle each have their own way to say it
+            die(f"encoder={name} pretrained={pretrained} could not be loaded ({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
+        self.visual, self.pretrained = model.visual, pretrained
+        if not hasattr(self.visual, "ln_post") or self.visual.attn_pool:
+            die(f"encoder={name}: of open_clip's towers, only plain ViTs are supported, such as ViT-B-32")
         self.visual.transformer.register_forward_hook(lambda module, inputs, output: setattr(self, "tokens", output))
 
     def forward(self, pixels):
@@ -358,6 +555,18 @@ def load_encoder(name, pretrained="openai", tagger=None):
     return eye.eval().requires_grad_(False)
 
 
+def fingerprint(eye):
+    """sha256 over an encoder's weights, and over the kinds of layers they are in: with another GELU, the same weights see something else."""
+    digest = hashlib.sha256(" ".join(sorted({type(module).__name__ for module in eye.modules()})).encode())
+    for name, w in sorted(eye.state_dict().items()):
+        digest.update(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# encoding
+
+
 @torch.no_grad()
 def encode(eye, pictures, device="cpu", autocast=contextlib.nullcontext()):
     """Prepared pictures (B, ...) -> float16 tokens (B, S, W) as a numpy array."""
@@ -365,56 +574,237 @@ def encode(eye, pictures, device="cpu", autocast=contextlib.nullcontext()):
         return eye(torch.stack(pictures).to(device)).to("cpu", torch.float16).numpy()
 
 
-def encode_split(data, split, name, eye, batch_size, device, autocast):
-    """Writes features/{name}_{split}.npy, decoding pictures on all cores while the encoder works; beside it, what made it."""
-    path, (images, _) = features_file(data, name, split), load_captions(data, split)
-    files = [os.path.join(data, split, image["file_name"]) for image in images]
-    rows = None
-    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(files), desc=f"encoding {split}", unit=" images", mininterval=1) as bar:
-        def prepare(start):
-            return pool.map(lambda file: eye.prepare(open_image(file)), files[start:start + batch_size])
+def look(eye, files, todo, batch_size, device, autocast):
+    """
+    Encodes files[i] for i in todo, batch by batch, while all cores decode the next batch. Yields the numbers that could be read,
+    their tokens (B, S, W), and {number: what is wrong with it} for the others.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        def decode(start):
+            return pool.map(lambda i: prepare(eye, files[i]), todo[start:start + batch_size])
 
-        ahead = prepare(0)
-        for start in range(0, len(files), batch_size):
-            now, ahead = list(ahead), prepare(start + batch_size)  # the next batch is decoded while this one is looked at
-            tokens = encode(eye, now, device, autocast)
-            if rows is None:
-                rows = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, (len(files), *tokens.shape[1:]))
-            rows[start:start + len(tokens)] = tokens
-            bar.update(len(tokens))
-    rows.flush()
-    about = dict(encoder=name, pretrained=pretrained, parameters=sum(p.numel() for p in eye.parameters()), shape=rows.shape)
-    save_atomically(path.removesuffix(".npy") + ".json", lambda f: f.write(json.dumps(about).encode()))
+        ahead = decode(0)
+        for start in range(0, len(todo), batch_size):
+            batch = dict(zip(todo[start:start + batch_size], ahead))
+            ahead = decode(start + batch_size)
+            good = {i: pixels for i, pixels in batch.items() if torch.is_tensor(pixels)}
+            tokens = encode(eye, list(good.values()), device, autocast) if good else ()
+            yield list(good), tokens, {i: line for i, line in batch.items() if i not in good}
+
+
+def copy_rows(path, rows, about):
+    """Writes a features file made of rows of others, (array, number) each, and what is known of it."""
+    new = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, (len(rows), *rows[0][0].shape[1:]))
+    for row, (array, i) in zip(new, rows):
+        row[:] = array[i]
+    new.flush()
+    save_about(path, about | dict(done=len(rows), bad=[]))
     os.replace(path + ".tmp", path)
-    print(f"{path}: {rows.shape[0]:,} pictures x {rows.shape[1]} tokens x {rows.shape[2]}")
+
+
+def leave_out(data, split, ids):
+    """Takes pictures out of a split's json. As it was, it stays beside it as captions_{split}.all.json."""
+    path, copy = captions_file(data, split), os.path.join(data, "annotations", f"captions_{split}.all.json")
+    if not os.path.exists(copy):
+        shutil.copyfile(path, copy)
+    with open(path, encoding="utf-8") as f:
+        whole = json.load(f)
+    less = {key: [entry for entry in whole[key] if entry[own] not in ids] for key, own in (("images", "id"), ("annotations", "image_id"))}
+    save_captions(data, split, whole | less)
+    print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
+
+
+def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad=False):
+    """
+    Writes features/{encoder}_{split}.npy, which is called .npy.part until it is whole, and beside it what made it (`made_by`: encoder,
+    weights) and how far it is. Returns the pictures that can't be read; as long as there are any, the file is not whole.
+    """
+    path, (images, _) = features_file(data, made_by["encoder"], split), load_captions(data, split)
+    n, files = len(images), [os.path.join(data, split, image["file_name"]) for image in images]
+    about = made_by | identity(images) | dict(done=0, bad=[])  # how many were looked at, in order; which of them can't be read
+    there = [p for p in (path, path + ".part") if os.path.exists(p)]
+    before = read_about(path) if there else {}
+    for key, what in (("weights", "weights of the encoder, or another activation,"), ("names", "pictures, or in another order,")):
+        if before.get(key, about[key]) != about[key]:
+            die(f"{there[0]} was made with other {what} than these: delete it to encode anew, or take another data=")
+    if os.path.exists(path):
+        load_features(data, made_by["encoder"], split, n, images)
+        print(f"{path} is there already")
+        return []
+    if there and before.get("done"):
+        about, rows = before, np.lib.format.open_memmap(path + ".part", "r+")
+    else:
+        blank = encode(eye, [eye.prepare(Image.new("RGB", (256, 256)))], device)
+        need_space(data, n * blank.nbytes, path)  # a memory map that finds the disk full kills the process
+        save_about(path, about)
+        rows = np.lib.format.open_memmap(path + ".part", "w+", np.float16, (n, *blank.shape[1:]))
+    todo = list(range(about["done"], n)) or about["bad"]  # once all were looked at: again those that couldn't be read
+    saved = time.time()
+    with tqdm(total=n, initial=n - len(todo), desc=f"encoding {split}", unit=" images", mininterval=1) as bar:
+        for good, tokens, problems in look(eye, files, todo, batch_size, device, autocast):
+            for problem in problems.values():
+                bar.write(problem)
+            if good:
+                rows[good] = tokens
+            about["done"] = max(about["done"], max([*good, *problems]) + 1)
+            about["bad"] = sorted(set(about["bad"]) - set(good) | set(problems))
+            bar.update(len(good) + len(problems))
+            if time.time() - saved > 2 or about["done"] == n:
+                rows.flush()  # first the rows, then the word that they are there
+                save_about(path, about)
+                saved = time.time()
+    bad = set(about["bad"])
+    if len(bad) == n or bad and not skip_bad:
+        return [files[i] for i in bad]
+    if bad:
+        kept = [i for i in range(n) if i not in bad]
+        copy_rows(path, [(rows, i) for i in kept], about | identity([images[i] for i in kept]))
+        leave_out(data, split, {images[i]["id"] for i in bad})
+        os.remove(path + ".part")
+    else:
+        os.replace(path + ".part", path)
+    print(f"{path}: {n - len(bad):,} pictures x {rows.shape[1]} tokens x {rows.shape[2]}")
+    return []
+
+
+def regroup(data, json_path, target, encoder):
+    """
+    COCO 2017, in `data`, split as Karpathy's dataset_coco.json says: 113,287 pictures to train on, 5,000 for val2017 and 5,000 for test2017,
+    on which papers report. What `encoder` sees of them moves along.
+    """
+    split_of, entries, row_of = {number: split for split, number, _, _ in read_entries(json_path)}, [], {}
+    for split in SPLITS:
+        images, captions = load_captions(data, split)
+        if lost := [image["id"] for image in images if image["id"] not in split_of]:
+            die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
+        entries += [(split_of[image["id"]], image["id"], os.path.join(data, split, image["file_name"]), said) for image, said in zip(images, captions)]
+        if encoder != "none":
+            features, about = load_features(data, encoder, split, len(images), images)
+            row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
+    convert(entries, target)
+    os.makedirs(os.path.join(target, "features"), exist_ok=True)
+    for split in splits_of(target):
+        images, _ = load_captions(target, split)
+        print(f"{target} {split}: {len(images):,} pictures")
+        if encoder != "none":
+            copy_rows(features_file(target, encoder, split), [row_of[image["id"]] for image in images], about | identity(images))
+
+
+def measure(data, eye, batch_size, device, autocast, repeats=5):
+    """Pictures a second from their files, beside those of the encoder alone, its pixels ready in memory: medians of rounds taken in turn."""
+    images, _ = load_captions(data, "train2017")
+    files = [os.path.join(data, "train2017", images[i % len(images)]["file_name"]) for i in range(4 * batch_size)]
+    pixels, rounds = [eye.prepare(open_image(file)) for file in files[:batch_size]], []
+    for _ in range(repeats + 1):
+        t0 = time.time()
+        for _ in range(4):
+            encode(eye, pixels, device, autocast)
+        t1 = time.time()
+        list(look(eye, files, range(len(files)), batch_size, device, autocast))
+        rounds.append((len(files) / (t1 - t0), len(files) / (time.time() - t1), (t1 - t0) / (time.time() - t1)))
+    alone, whole, ratio = (statistics.median(column) for column in zip(*rounds[1:]))  # the first round warms up
+    print(f"{whole:.1f} pictures/s from files, {alone:.1f} by the encoder alone: {ratio:.0%} of its speed (batch_size={batch_size}, {device})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a data set looks like
+
+
+def explore(data, path):
+    """Prints a table of what is in a data set, and draws it into the file `path`. Words are cut as cider.py cuts them."""
+    plt, table, known = pyplot(), {}, set()
+    fig = plt.figure(figsize=(14, 10.5), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=(1, 1.8))
+    lengths_ax, coverage_ax, words_ax = above.subplots(1, 3)
+    for split in splits_of(data):
+        images, captions = load_captions(data, split)
+        words = tokenize([caption for said in captions for caption in said])
+        lengths, frequent = np.array([len(caption) for caption in words]), Counter(word for caption in words for word in caption).most_common()
+        coverage = np.cumsum([count for _, count in frequent]) / lengths.sum()
+        repeated = Counter(map(" ".join, words)).most_common()
+        table[split] = {
+            "pictures": f"{len(images):,}",
+            "captions": f"{len(words):,}",
+            "captions a picture": f"{len(words) / len(images):.2f} ({min(map(len, captions))} to {max(map(len, captions))})",
+            "captions that were said before": f"{len(words) - len(repeated):,} ({1 - len(repeated) / len(words):.1%})",
+            "words": f"{lengths.sum():,}",
+            "words a caption": f"{lengths.mean():.1f} ({lengths.min()} to {lengths.max()})",
+            "95% of captions have at most": f"{np.percentile(lengths, 95):.0f} words",
+            "vocabulary": f"{len(frequent):,} words",
+            "... said only once": f"{sum(count == 1 for _, count in frequent):,}",
+            "... not in train2017": f"{sum(word not in known for word, _ in frequent):,}" if known else "",
+            **{f"... that make {share:.0%} of the text": f"{np.searchsorted(coverage, share) + 1:,}" for share in (0.5, 0.9, 0.99)},
+        }
+        lengths_ax.hist(lengths, bins=np.arange(min(lengths.max(), 40) + 2) - 0.5, density=True, histtype="step", linewidth=1.5, label=split)
+        coverage_ax.plot(range(1, len(coverage) + 1), coverage, label=split)
+        if not known:
+            known, shown, often, top = {word for word, _ in frequent}, list(zip(images, captions)), repeated[:5], frequent[:25]
+    lengths_ax.set(title="words in a caption", xlabel="words", ylabel="share of the captions")
+    coverage_ax.set(title="vocabulary: its k commonest words make ...", xlabel="k", ylabel="... this share of the text", xscale="log", ylim=(0, 1.02))
+    lengths_ax.locator_params(axis="x", integer=True)
+    words_ax.locator_params(axis="x", nbins=5)
+    for ax in (lengths_ax, coverage_ax):
+        ax.grid(alpha=0.3)
+        ax.legend()
+    words_ax.barh(*zip(*reversed(top)), color="tab:gray")
+    words_ax.set(title="commonest words of train2017", xlabel="times said")
+    words_ax.tick_params(axis="y", labelsize=8)
+    chosen = sorted({round(i) for i in np.linspace(0, len(shown) - 1, 10)})
+    for ax, i in itertools.zip_longest(below.subplots(2, 5).flat, chosen):
+        ax.axis("off")
+        if i is not None:
+            image, said = shown[i]
+            ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
+            ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in table))
+    for row in table["train2017"]:
+        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()))
+    print("captions said most often: " + "; ".join(f"{times} x \"{caption}\"" for caption, times in often))
+    print("commonest words: " + ", ".join(f"{word} {count:,}" for word, count in top) + f"\nthe figure: {path}")
 
 
 if __name__ == "__main__":
     show(configure(globals()))
     t0 = time.time()
-    have = all(os.path.exists(os.path.join(data, "annotations", f"captions_{split}.json")) for split in SPLITS)
-    if shapes:
-        if have:
-            die(f"{data} holds a data set already: take another data=, or leave out shapes= to encode that one")
-        draw_shapes(data, shapes, seed)
-    elif data == "data/coco2017":
+    converted = risc_csv or karpathy_json
+    if shapes or converted:
+        if splits_of(data) or data == "data/coco2017":
+            die(f"data={data} is taken: give data= a folder of its own, or leave out shapes=, risc_csv=, karpathy_json= to use what is there")
+        draw_shapes(data, shapes, seed) if shapes else convert(read_entries(converted, pictures), data)
+    elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "*2017.zip*")):  # nothing is there, or half of it
         download_coco(data)
-    for split in SPLITS:
+    splits = splits_of(data) or SPLITS
+    for split in splits:
         images, captions = load_captions(data, split)
-        print(f"{data} {split}: {len(images):,} pictures, {sum(map(len, captions)):,} captions, such as \"{captions[0][0]}\"")
-    if encoder != "none":
+        print(f"{data} {split}: {len(images):,} pictures, {sum(map(len, captions)):,} captions, such as \"{captions[0][0].strip()}\"")
+    if eda:
+        os.makedirs("out", exist_ok=True)
+        explore(data, os.path.join("out", f"eda_{os.path.basename(os.path.abspath(data))}.png"))
+        sys.exit(0)
+
+    there = [path for split in splits if os.path.exists(path := features_file(data, encoder, split))]
+    if len(there) == len(splits) and not any(map(read_about, there)):  # another program's features: there is no encoder to ask
+        for split in splits:
+            load_features(data, encoder, split, len(load_captions(data, split)[0]))
+    elif encoder != "none":
         _, _, device, autocast = setup(device, dtype)
         os.makedirs(os.path.join(data, "features"), exist_ok=True)
         taught = os.path.join(data, "features", "tagger.pt")
         if encoder == "tagger" and not os.path.exists(taught):
             teach_tagger(data, teach_steps, seed)
-        eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None).to(device)
-        for split in SPLITS:
-            if os.path.exists(features_file(data, encoder, split)):
-                _, about = load_features(data, encoder, split, len(load_captions(data, split)[0]))
-                if about.get("pretrained", pretrained) != pretrained:
-                    die(f"{features_file(data, encoder, split)} was made with pretrained={about['pretrained']}: delete it to encode anew")
-                print(f"{features_file(data, encoder, split)} is there already")
-            else:
-                encode_split(data, split, encoder, eye, batch_size, device, autocast)
+        eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None)
+        made_by = dict(encoder=encoder, pretrained=getattr(eye, "pretrained", None), weights=fingerprint(eye),
+                       parameters=sum(p.numel() for p in eye.parameters()))
+        eye.to(device)
+        if bench:
+            measure(data, eye, batch_size, device, autocast)
+            sys.exit(0)
+        bad = [file for split in splits for file in encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad)]
+        if bad:
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. Mend these and run the same "
+                "command again, or take them out of the data set with skip_bad=True")
+    if karpathy_split:
+        regroup(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
     print(f"done in {time.time() - t0:.0f} s")

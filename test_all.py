@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import nullcontext
 
 import numpy as np
@@ -812,12 +813,307 @@ def test_tagger_learns_what_captions_speak_of(road, tmp_path):
     assert coco.encode(eye, [eye.prepare(Image.new("RGB", (300, 200)))]).shape == (1, 64, 128)
 
 
-def test_open_clip_tower_gives_all_tokens():
-    eye = coco.OpenCLIP("ViT-B-32", None).eval()
+def test_open_clip_tokens_equal_transformers(tmp_path):
+    coco.mend_torchvision()
+    import open_clip
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+    config = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=64, layers=3, width=64, head_width=16, patch_size=16),
+                  text_cfg=dict(context_length=8, vocab_size=50, width=16, heads=2, layers=1))
+    (tmp_path / "ViT-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "ViT-tiny.json")
+    eye = coco.load_encoder("ViT-tiny", "none")
+    theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=64,
+                                              patch_size=16, hidden_act="quick_gelu")).eval()
+    ours, state = eye.visual.state_dict(), {}
+    for key in theirs.state_dict():  # their names -> open_clip's
+        part, layer = key.removeprefix("vision_model."), ""
+        if part.startswith("encoder.layers."):
+            _, _, number, part = part.split(".", 3)
+            layer = f"transformer.resblocks.{number}."
+        for old, new in (("embeddings.class_embedding", "class_embedding"), ("embeddings.patch_embedding", "conv1"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                         ("embeddings.position_embedding.weight", "positional_embedding"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
+                         ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+            part = part.replace(old, new)
+        if "self_attn" in part:  # theirs keeps q, k and v apart
+            kind, name = part.split(".")[1:]
+            state[key] = ours[f"{layer}attn.in_proj_{name}"].chunk(3)["qkv".index(kind[0])]
+        elif not part.endswith("position_ids"):
+            state[key] = ours[layer + part]
+    theirs.load_state_dict(state, strict=False)
+    assert len(state) == len(dict(theirs.named_parameters()))
+    pixels = torch.stack([eye.prepare(Image.effect_noise((90, 70), 90).convert("RGB")) for _ in range(2)])
     with torch.no_grad():
-        tokens = eye(torch.stack([eye.prepare(Image.new("RGB", (320, 240), "red"))]))
+        post_layernorm = getattr(theirs, "vision_model", theirs).post_layernorm  # older versions of transformers wrap the tower once more
+        torch.testing.assert_close(eye(pixels), post_layernorm(theirs(pixels).last_hidden_state), atol=1e-5, rtol=0)
+    assert eye(pixels).shape == (2, 17, 64) and (eye(pixels)[0] - eye(pixels)[1]).abs().max() > 0.1  # random weights, yet the pictures differ
+
+
+def test_open_clip_towers_get_their_own_activation(monkeypatch, capsys):
+    coco.mend_torchvision()
+    import open_clip
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kw: "weights")
+    monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *args, **kw: None)
+    openai, laion = coco.OpenCLIP("ViT-B-32", "openai").eval(), coco.OpenCLIP("ViT-B-32", "laion2b_s34b_b79k")
+    kinds = [{type(module).__name__ for module in eye.modules()} for eye in (openai, laion)]
+    assert "QuickGELU" in kinds[0] and "QuickGELU" not in kinds[1] and coco.fingerprint(openai) != coco.fingerprint(laion)
+    tokens = openai(torch.stack([openai.prepare(Image.new("RGB", (320, 240), "red"))]))
     assert tokens.shape == (1, 50, 768)
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 50), atol=1e-4, rtol=0)  # post-layernorm applied
+    for name, tag, hint in (("ViT-B32", "openai", "ViT-B-32"), ("ViT-B-32", "opena", "openai"), ("RN50", "none", "plain ViTs")):
+        with pytest.raises(SystemExit):
+            coco.OpenCLIP(name, tag)
+        assert hint in capsys.readouterr().err
+
+
+class Seen(coco.Patches):
+    """Patches that counts the pictures it has looked at, and is interrupted after so many."""
+
+    def __init__(self, most=10**9):
+        super().__init__()
+        self.most, self.seen = most, 0
+
+    def forward(self, pixels):
+        self.seen += len(pixels)
+        if self.seen > self.most:
+            raise KeyboardInterrupt
+        return super().forward(pixels)
+
+
+def encode_val(data, eye=None, weights="w", **kw):
+    return coco.encode_split(str(data), "val2017", dict(encoder="patches", weights=weights), eye or Seen(), 2, "cpu", nullcontext(), **kw)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """120 training scenes and 6 others, not encoded yet."""
+    coco.draw_shapes(str(tmp_path / "drawn"), 120, seed=1)
+    os.mkdir(tmp_path / "drawn/features")
+    return tmp_path / "drawn"
+
+
+def test_interrupted_encoding_goes_on_to_the_same_bytes(drawn, monkeypatch, capsys):
+    path = drawn / "features/patches_val2017.npy"
+    encode_val(drawn)
+    whole = path.read_bytes()
+    path.unlink()
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(coco.time, "time", lambda: next(clock))  # so that each batch is noted
+    with pytest.raises(KeyboardInterrupt):
+        encode_val(drawn, Seen(5))  # the blank one, and two batches of two
+    assert not path.exists() and json.load(open(path.with_suffix(".json")))["done"] == 4
+    with pytest.raises(SystemExit):
+        coco.load_features(str(drawn), "patches", "val2017", 6)
+    assert "4 of 6 pictures are encoded; `python coco.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        encode_val(drawn, weights="others")
+    assert "other weights" in capsys.readouterr().err
+    eye = Seen()
+    encode_val(drawn, eye)
+    assert eye.seen == 2 and path.read_bytes() == whole and os.listdir(drawn / "features") != [] and not path.with_suffix(".npy.part").exists()
+    with pytest.raises(SystemExit):
+        encode_val(drawn, weights="others")
+
+
+def test_killed_encoding_goes_on_to_the_same_bytes(drawn):
+    slow = ("import sys, time, coco\nfrom contextlib import nullcontext\nclass Slow(coco.Patches):\n    def forward(self, x):\n        time.sleep(0.3)\n"
+            "        return super().forward(x)\ncoco.encode_split(sys.argv[1], 'train2017', dict(encoder='patches', weights='w'), Slow(), 4, 'cpu', nullcontext())")
+    about = drawn / "features/patches_train2017.json"
+    process = subprocess.Popen([sys.executable, "-c", slow, str(drawn)], cwd=REPO, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        if about.exists() and json.load(open(about))["done"]:
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert 0 < json.load(open(about))["done"] < 120
+    parts = []
+    for fresh in (False, True):
+        if fresh:
+            shutil.rmtree(drawn / "features")
+            os.mkdir(drawn / "features")
+        coco.encode_split(str(drawn), "train2017", dict(encoder="patches", weights="w"), coco.Patches(), 4, "cpu", nullcontext())
+        parts.append((drawn / "features/patches_train2017.npy").read_bytes())
+    assert parts[0] == parts[1]
+
+
+def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
+    path, images = drawn / "features/patches_val2017.npy", coco.load_captions(str(drawn), "val2017")[0]
+    encode_val(drawn)
+    whole = np.load(path)
+    path.unlink()
+    good = (drawn / "val2017/000002.jpg").read_bytes()
+    (drawn / "val2017/000002.jpg").write_bytes(good[:300])
+    (drawn / "val2017/000005.jpg").unlink()
+    said = run(f"coco.py data={drawn} encoder=patches", drawn, ok=False)
+    assert "can't be read, 2 in all" in said and "000002.jpg" in said and "000005.jpg" in said and "skip_bad=True" in said
+    assert (drawn / "features/patches_train2017.npy").exists() and not path.exists()  # all were looked at; what is not whole has not its name
+    path.with_suffix(".npy.part").unlink()
+    assert [os.path.basename(file) for file in encode_val(drawn)] == ["000002.jpg", "000005.jpg"]
+    with pytest.raises(SystemExit):
+        coco.load_features(str(drawn), "patches", "val2017", 6)
+    (drawn / "val2017/000002.jpg").write_bytes(good)  # mended
+    eye = Seen()
+    assert [os.path.basename(file) for file in encode_val(drawn, eye)] == ["000005.jpg"] and eye.seen == 1
+    assert encode_val(drawn, skip_bad=True) == []
+    left, captions = coco.load_captions(str(drawn), "val2017")
+    assert [image["id"] for image in left] == [image["id"] for image in images if image["file_name"] != "000005.jpg"] and all(len(said) == 5 for said in captions)
+    assert np.array_equal(coco.load_features(str(drawn), "patches", "val2017", 5)[0], whole[[0, 1, 2, 3, 5]])
+    assert len(json.load(open(drawn / "annotations/captions_val2017.all.json"))["images"]) == 6
+    assert sorted(os.listdir(drawn / "features"))[-2:] == ["patches_val2017.json", "patches_val2017.npy"]
+    assert encode_val(drawn) == []  # there already, and of this json
+
+
+def test_converted_data_sets(tmp_path):
+    os.makedirs(tmp_path / "resized")
+    os.makedirs(tmp_path / "imgs/val2014")
+    for k in range(4):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"resized/{k}.png")
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"imgs/val2014/{k}.png")
+    (tmp_path / "captions.csv").write_text("source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+                                           'A,train,0.png,"a, b",c,,d,e\nA,val,1.png,a,b,c,d,e\nA,test,2.png,a,b,c,d,e\nA,train,9.png,a,b,c,d,e\n')
+    coco.convert(coco.read_entries(str(tmp_path / "captions.csv")), str(tmp_path / "risc"))
+    karpathy = [dict(filename=f"{k}.png", filepath="val2014", cocoid=70 + k, split=split, sentences=[dict(raw=f"say {k}"), dict(raw="so")])
+                for k, split in enumerate(["train", "restval", "test", "val", "val"])]
+    (tmp_path / "dataset_x.json").write_text(json.dumps(dict(images=karpathy)))
+    coco.convert(coco.read_entries(str(tmp_path / "dataset_x.json")), str(tmp_path / "x"))
+    assert coco.splits_of(str(tmp_path / "risc")) == coco.splits_of(str(tmp_path / "x")) == ["train2017", "val2017", "test2017"]
+    assert coco.load_captions(str(tmp_path / "risc"), "train2017") == ([dict(id=1, file_name="0.png")], [["a, b", "c", "d", "e"]])
+    assert coco.load_captions(str(tmp_path / "x"), "train2017") == ([dict(id=70, file_name="0.png"), dict(id=71, file_name="1.png")],
+                                                                   [["say 0", "so"], ["say 1", "so"]])
+    assert len(coco.load_captions(str(tmp_path / "x"), "val2017")[0]) == 1  # the picture of the other is not there
+    assert os.path.samefile(tmp_path / "x/test2017/2.png", tmp_path / "imgs/val2014/2.png")
+    with pytest.raises(SystemExit):
+        coco.convert(coco.read_entries(str(tmp_path / "dataset_x.json"), str(tmp_path / "resized")), str(tmp_path / "nothing"))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_karpathys_split_moves_the_features_along(drawn, capsys):
+    data, target = str(drawn), str(drawn) + "_karpathy"
+    # scenes of both splits have the same file names; COCO's never do
+    val = json.load(open(drawn / "annotations/captions_val2017.json"))
+    for image in val["images"]:
+        os.rename(drawn / "val2017" / image["file_name"], drawn / f"val2017/v{image['file_name']}")
+        image["file_name"] = "v" + image["file_name"]
+    (drawn / "annotations/captions_val2017.json").write_text(json.dumps(val))
+    for split in coco.SPLITS:
+        coco.encode_split(data, split, dict(encoder="patches", weights="w"), coco.Patches(), 16, "cpu", nullcontext())
+    was = {image["id"]: (said, row) for split in coco.SPLITS for image, said, row in zip(*coco.load_captions(data, split), np.load(drawn / f"features/patches_{split}.npy"))}
+    entries = [dict(cocoid=number, filename="", split=("train", "val", "test", "restval")[number % 4], sentences=[]) for number in was]
+    (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries)))
+    coco.regroup(data, str(drawn / "dataset_coco.json"), target, "patches")
+    seen = set()
+    for split, rests in (("train2017", (0, 3)), ("val2017", (1,)), ("test2017", (2,))):
+        images, captions = coco.load_captions(target, split)
+        features, _ = coco.load_features(target, "patches", split, len(images))
+        for image, said, row in zip(images, captions, features):
+            assert image["id"] % 4 in rests and said == was[image["id"]][0] and np.array_equal(row, was[image["id"]][1])
+            seen.add(image["id"])
+        eye = Seen()
+        coco.encode_split(target, split, dict(encoder="patches", weights="w"), eye, 16, "cpu", nullcontext())
+        assert eye.seen == 0  # known as those of this json
+    assert seen == set(was)
+    (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries[1:])))
+    with pytest.raises(SystemExit):
+        coco.regroup(data, str(drawn / "dataset_coco.json"), target, "patches")
+    assert "does not know 1 pictures" in capsys.readouterr().err
+    images = coco.load_captions(data, "val2017")[0]
+    coco.load_features(data, "patches", "val2017", 6, images)
+    with pytest.raises(SystemExit):
+        coco.load_features(data, "patches", "val2017", 6, images[::-1])
+    assert "in another order" in capsys.readouterr().err
+
+
+def zip_of(path, members):
+    with zipfile.ZipFile(path, "w") as z:
+        for name, content in members:
+            z.writestr(name, content)
+
+
+@pytest.mark.parametrize("name", ["../evil.txt", "/tmp/evil.txt", "annotations/../../evil.txt", "..\\evil.txt", "C:/evil.txt", "link"])
+def test_poisoned_zip_is_refused_before_anything_is_unpacked(tmp_path, name, capsys):
+    member = zipfile.ZipInfo(name)
+    if name == "link":
+        member.external_attr = 0o120777 << 16
+    zip_of(tmp_path / "a.zip", [("annotations/good.json", b"{}"), (member, b"/etc")])
+    with pytest.raises(SystemExit) as stop:
+        coco.unpack(str(tmp_path / "a.zip"), str(tmp_path / "data"), "")
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and "would be written outside" in said and "\n" not in said and os.listdir(tmp_path) == ["a.zip"]
+
+
+@pytest.fixture
+def mirror(drawn, tmp_path):
+    """A server on 127.0.0.1 that holds the drawn scenes as COCO's three zips."""
+    for folder in ("annotations", "zips"):
+        os.makedirs(tmp_path / "site" / folder)
+    zip_of(tmp_path / "site/annotations/annotations_trainval2017.zip", [("annotations/instances_val2017.json", b"{}")] + [
+        (f"annotations/captions_{split}.json", (drawn / f"annotations/captions_{split}.json").read_bytes()) for split in coco.SPLITS])
+    for split in coco.SPLITS:
+        zip_of(tmp_path / f"site/zips/{split}.zip", [(f"{split}/", b"")] + [(f"{split}/{name}", (drawn / split / name).read_bytes()) for name in os.listdir(drawn / split)])
+
+    class Site(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path / "site"))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_coco_is_downloaded_verified_and_goes_on(mirror, drawn, tmp_path, monkeypatch, capsys):
+    run("coco.py data=big/coco encoder=patches", tmp_path, env=dict(COCO_ENDPOINT=mirror))
+    data = tmp_path / "big/coco"
+    assert sorted(os.listdir(data)) == ["annotations", "features", "train2017", "val2017"] and sorted(os.listdir(data / "annotations")) == [
+        "captions_train2017.json", "captions_val2017.json"]
+    for split in coco.SPLITS:
+        assert all((data / split / name).read_bytes() == (drawn / split / name).read_bytes() for name in os.listdir(drawn / split))
+    # interrupted while the training pictures were unpacked: one is missing, one cut short
+    monkeypatch.setenv("COCO_ENDPOINT", mirror)
+    for split, zipped in (("annotations", "annotations/annotations_trainval2017.zip"), ("train2017", "zips/train2017.zip")):
+        shutil.copy(tmp_path / "site" / zipped, data)
+    (data / "train2017/000001.jpg").unlink()
+    (data / "train2017/000002.jpg").write_bytes(b"cut")
+    untouched = os.stat(data / "train2017/000003.jpg").st_mtime_ns
+    coco.download_coco(str(data))
+    assert all((data / "train2017" / name).read_bytes() == (drawn / "train2017" / name).read_bytes() for name in os.listdir(drawn / "train2017"))
+    assert os.stat(data / "train2017/000003.jpg").st_mtime_ns == untouched and not list(data.glob("*.zip*"))
+    # a damaged zip, one that lacks a picture, and a full disk
+    for name in (b"damaged", b"short"):
+        picture = drawn / "val2017/000001.jpg"
+        content = (tmp_path / "site/zips/val2017.zip").read_bytes()
+        if name == b"damaged":
+            (tmp_path / "site/zips/val2017.zip").write_bytes(content.replace(picture.read_bytes()[-200:], bytes(200)))
+        else:
+            zip_of(tmp_path / "site/zips/val2017.zip", [("val2017/000002.jpg", (drawn / "val2017/000002.jpg").read_bytes())])
+        other = tmp_path / name.decode()
+        with pytest.raises(SystemExit):
+            coco.download_coco(str(other))
+        assert ("is damaged" if name == b"damaged" else "lacks 5 of the pictures") in capsys.readouterr().err
+        assert len(os.listdir(other / "train2017")) == 120
+        (tmp_path / "site/zips/val2017.zip").write_bytes(content)
+    monkeypatch.setattr(coco.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(SystemExit):
+        coco.download_coco(str(tmp_path / "full"))
+    assert "are free" in capsys.readouterr().err and os.listdir(tmp_path / "full") == []
+
+
+def test_eda_counts_what_is_there(tmp_path, capsys):
+    os.makedirs(tmp_path / "imgs")
+    for k in range(3):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"imgs/{k}.png")
+    said = {0: ["a dog .", "A dog", "two dogs run"], 1: ["a cat $x$"], 2: ["a bird"]}
+    coco.convert([("test" if k == 2 else "train", k + 1, str(tmp_path / f"imgs/{k}.png"), said[k]) for k in said], str(tmp_path / "set"))
+    coco.explore(str(tmp_path / "set"), str(tmp_path / "eda.png"))
+    rows = {line[:32].strip(): line[32:].split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["pictures"] == ["2", "1"] and rows["captions"] == ["4", "1"] and rows["captions a picture"][:4] == ["2.00", "(1", "to", "3)"]
+    assert rows["captions that were said before"] == ["1", "(25.0%)", "0", "(0.0%)"] and rows["words a caption"][0] == "3.0"
+    assert rows["words"] == ["12", "2"] and rows["vocabulary"][::2] == ["8", "2"] and rows["... not in train2017"] == ["1"]
+    assert rows["... that make 50% of the text"] == ["3", "1"] and Image.open(tmp_path / "eda.png").size[0] > 1000
 
 
 # ---- the captioner (train_caption.py)
@@ -978,7 +1274,6 @@ def test_all_variants_share_one_table(road):
     ("train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=patches init_from=resume out_dir=other_shape", "of another shape"),
     ("train_caption.py data=shapes gpt=nothing.pt encoder=patches", "nothing.pt"),
     ("train_caption.py image=broken.jpg", "broken.jpg is not a readable picture"),
-    ("coco.py data=broken_picture encoder=patches", "000002.jpg is not a readable picture"),
     ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3 total_batch_size=512", "not a multiple"),
     ("train_gpt2.py data=nowhere", "fineweb.py"),
     ("fineweb.py text=nowhere.txt", "nowhere.txt"),
@@ -987,11 +1282,9 @@ def test_bad_input_ends_with_one_line(trained, command, hint):
     os.makedirs(trained / "badjson/annotations", exist_ok=True)
     for split in coco.SPLITS:
         (trained / f"badjson/annotations/captions_{split}.json").write_text('{"pictures": []}')
-    for folder in ("rows", "broken_picture"):
-        shutil.copytree(trained / "shapes", trained / folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("features"))
+    shutil.copytree(trained / "shapes", trained / "rows", dirs_exist_ok=True, ignore=shutil.ignore_patterns("features"))
     os.makedirs(trained / "rows/features", exist_ok=True)
     np.save(trained / "rows/features/patches_train2017.npy", np.zeros((150, 64, 194), np.float16))
-    (trained / "broken_picture/train2017/000002.jpg").write_bytes(b"not a jpeg")
     (trained / "broken.jpg").write_bytes(b"not a jpeg")
     os.makedirs(trained / "other_shape", exist_ok=True)
     checkpoint = train_gpt2.load_checkpoint(str(trained / "out/caption_whole/ckpt.pt"))
