@@ -19,7 +19,6 @@ The defaults are the published recipes on COCO 2017 with GPT-2 124M and CLIP ViT
 before every layer, every 2nd, every 4th; about 12 for linear; 35.0 for qformer (their protocol, `single_reference=True`: see below).
 Writes out_dir/{ckpt.pt, log.csv, results.json, captions_val2017.json, curves.png, captions.png, attention.png}.
 """
-import copy
 import functools
 import glob
 import json
@@ -27,21 +26,20 @@ import math
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
 import textwrap
 import time
+import timeit
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, download, get_tokenizer, save_atomically, show
@@ -329,12 +327,9 @@ def to_text(tokens, tokenizer):
     return [tokenizer.decode(row).strip() for row in words_of(tokens, tokenizer)]
 
 
-def reward_words(captions, ended=None):
-    """
-    Captions as CIDEr's words for scst, with one more for the end. Without it a reward can't tell a caption from one that breaks off
-    ("a man with a"), and training soon finds that out (Hu et al. 2023, https://arxiv.org/abs/2305.12254).
-    """
-    return [words + ["<end>"] * (ended is None or bool(ended[i])) for i, words in enumerate(tokenize(captions))]
+# CIDEr leaves out full stops: without a word for the end, a caption that breaks off ("a man with a") would score like one that ends, and
+# training on CIDEr soon finds that out (Hu et al. 2023, https://arxiv.org/abs/2305.12254)
+END = "<end>"
 
 
 @torch.no_grad()
@@ -344,12 +339,12 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     from the model is E[(reward - baseline) * grad log p(caption)], for any baseline that doesn't depend on that caption; so a batch to train on
     is captions of its own, their cross-entropy weighted by reward - baseline. Rennie's baseline is the greedy caption's reward. Here it is
     the mean of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971): no further decoding, and less variance.
-    features (B, S, W), references: each picture's token lists -> idx, targets (R, T), owner (R,), weight (R,), mean reward; R = B * samples.
+    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), owner (R,), weight (R,), mean reward; R = B * samples.
     """
     B, eot = len(features), tokenizer.eot_token
     tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); all words: what top-k cuts off has no gradient
     is_end = tokens == eot
-    words = reward_words(to_text(tokens, tokenizer), is_end.any(1))
+    words = [said + [END] * ended for said, ended in zip(tokenize(to_text(tokens, tokenizer)), is_end.any(1).tolist())]
     rewards = torch.from_numpy(cider(words, [refs for refs in references for _ in range(samples)], df)).float().view(B, samples)
     others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     targets = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), -100)  # up to and with the first EOS
@@ -363,7 +358,7 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
 
 
 @torch.no_grad()
-def perplexity(model, features, captions, me, sight="right", batch_size=64):
+def perplexity(model, features, captions, me, sight="right", batch_size=32):
     """exp of the total loss over the total tokens of all captions, given the right picture, a "wrong" one, or "none"."""
     total_loss, total_tokens = 0.0, 0
     for start in range(me.rank * batch_size, len(features), me.world * batch_size):
@@ -406,29 +401,15 @@ def published_protocol(said, references, seed, n=50 * 128):
     return score([caption.split() for caption in said[:n]], drawn, tokenized=True)[0]
 
 
-def scores_table(rows):
-    """{name: scores} -> a line for each, x 100 as in papers."""
-    metrics = dict(CIDEr="CIDEr", Bleu_1="BLEU-1", Bleu_2="BLEU-2", Bleu_3="BLEU-3", Bleu_4="BLEU-4", ROUGE_L="ROUGE-L")
-    return "\n".join([f"{'scores x 100':<26} " + "".join(f"{title:>8}" for title in metrics.values())] +
-                     [f"{name:<26} " + "".join(f"{100 * scores[metric]:>8.1f}" for metric in metrics) for name, scores in rows.items()])
-
-
-def variants_table(rows):
-    lines = [f"{'variant':<15} | {'trainable':>11} | {'CIDEr':>6} | {'BLEU-4':>6} | {'ROUGE-L':>7} | {'perplexity':>10} | {'wrong picture':>13} | {'captions seen':>13}"]
-    for r in rows:
-        lines.append(f"{variant(r):<15} | {r['trainable']:>11,} | {100 * r['CIDEr']:>6.1f} | {100 * r['Bleu_4']:>6.1f} | {100 * r['ROUGE_L']:>7.1f} | "
-                     f"{r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f} | {r['step'] * r['settings']['batch_size']:>13,}")
-    return "\n".join(lines)
-
-
 def variant(run):
     return f"xattn, every {run['every']}" if run["fusion"] == "xattn" else run["fusion"]
 
 
-def by_captions(rows, column, batch_size, scale=1):
-    """`curve`, against the training captions seen, by which runs of different batch sizes compare."""
-    steps, values = curve(rows, column, scale)
-    return [step * batch_size for step in steps], values
+def scores_table(rows):
+    """{name: scores} -> a line for each, x 100 as in papers."""
+    metrics = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
+    lines = {"scores x 100": metrics} | {name: [f"{100 * scores[metric]:.1f}" for metric in metrics] for name, scores in rows.items()}
+    return "\n".join(f"{name:<24}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in lines.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -497,11 +478,11 @@ def read_pictures(named):
         if name.startswith(("http://", "https://")):
             with tempfile.TemporaryDirectory() as folder:
                 yield name, open_image(download(name, os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:]), tries=3))
-            continue
-        kinds = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-        inside = [os.path.join(name, file) for file in sorted(os.listdir(name)) if file.lower().endswith(kinds)] if os.path.isdir(name) else []
-        files = inside or sorted(glob.glob(name)) or [name]  # a name that is nothing of all this is the picture that can't be read
-        yield from ((file, open_image(file)) for file in files)
+        else:  # a name that stands for nothing is left as it is: the picture that can't be read
+            files = glob.glob(name)
+            if os.path.isdir(name):
+                files = [os.path.join(name, file) for file in os.listdir(name) if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
+            yield from ((file, open_image(file)) for file in sorted(files) or [name])
 
 
 def caption_pictures(named, path, me, temperature, top_k, num, beam, most=40):
@@ -528,68 +509,60 @@ def caption_pictures(named, path, me, temperature, top_k, num, beam, most=40):
 # what the care is worth, and how the other scripts are run
 
 
-def race(me, fusion, every, B, compiled, rounds=5, words=20):
+def race(me, fusion, every, B, compiled, words=20):
     """
     Prints images/s of training and of greedy captioning at true size (GPT-2 124M, 50 picture tokens x 768, all random), here and in the
     plain way to write the same: a .pt file for each picture, fp32, logits of every position, AdamW as it comes, and no cache, so that every
-    word recomputes the words before it and the picture's keys and values. The two take turns on the same batch; medians.
+    word recomputes the words before it and the picture's keys and values. Both take turns on the same batch; medians.
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
-    rng, eot, numbers, folder = np.random.default_rng(0), 50256, np.arange(B), tempfile.mkdtemp()
-    spelled = SimpleNamespace(eot_token=eot, encode_ordinary_batch=lambda texts: [list(map(int, text.split())) for text in texts])
-    texts = [" ".join(map(str, rng.integers(0, eot, int(length)))) for length in rng.normal(11.5, 2.5, B).clip(8, 30)]  # as long as COCO's
-    captions = TokenizedCaptions([[text] for text in texts], spelled, max_length=40)
-    np.save(f"{folder}/features.npy", rng.normal(size=(B, 50, 768)).astype(np.float16))
-    mapped = np.load(f"{folder}/features.npy", mmap_mode="r")
-    for i in numbers:
-        torch.save(torch.tensor(mapped[i], dtype=torch.float32), f"{folder}/{i}.pt")
-    ours = Captioner(GPT(GPTConfig()), fusion, every, width=768)
-    plain, ours = copy.deepcopy(ours).to(me.device), ours.place(me)
-    optimizers, step_model = make_optimizers(ours, "adamw", 1e-4, 0.1), torch.compile(ours) if compiled else ours
+    bos, temporary, kind = 50256, tempfile.TemporaryDirectory(), "bfloat16" if isinstance(me.autocast, torch.autocast) else "float32"
+    folder, features = temporary.name, torch.randn(B, 50, 768)
+    np.save(f"{folder}/features.npy", features.half().numpy())
+    for i in range(B):
+        torch.save(features[i].clone(), f"{folder}/{i}.pt")
+    mapped, lengths = np.load(f"{folder}/features.npy", mmap_mode="r"), (11.5 + 2.5 * torch.randn(B, 1)).round().clip(8, 30)  # tokens, as COCO's
+    idx = torch.randint(0, bos, (B, int(lengths.max())), device=me.device)
+    targets = idx.masked_fill(torch.arange(idx.shape[1]).expand_as(idx).to(me.device) >= lengths.to(me.device), -100)
+    plain, ours = (Captioner(GPT(GPTConfig()), fusion, every, width=768) for _ in range(2))
+    plain, ours = plain.to(me.device), ours.place(me)
+    step_model, optimizers = torch.compile(ours) if compiled else ours, make_optimizers(ours, "adamw", 1e-4, 0.1)
     adamw = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)
 
-    def load_plainly():
-        return torch.stack([torch.load(f"{folder}/{i}.pt") for i in numbers]).to(me.device)
+    def load():
+        return torch.stack([torch.load(f"{folder}/{i}.pt") for i in range(B)]).to(me.device)
 
     def train_plainly():
-        idx, targets = captions.batch(numbers, me.device)
-        loss = F.cross_entropy(plain.write(idx, plain.look(load_plainly())).flatten(0, 1), targets.flatten())
+        loss = F.cross_entropy(plain.write(idx, plain.look(load())).flatten(0, 1), targets.flatten())
         loss.backward()
         take_step(plain, [adamw], 1e-4, 1.0)
         return loss.item()  # waits for the device
 
     def train():
-        idx, targets = captions.batch(numbers, me.device)
         with me.autocast:
-            loss = step_model(idx, gather(mapped, numbers, me.device), targets) / (targets >= 0).sum()
+            loss = step_model(idx, gather(mapped, np.arange(B), me.device), targets) / (targets >= 0).sum()
         loss.backward()
         take_step(ours, optimizers, 1e-4, 1.0)
         return loss.item()
 
     @torch.no_grad()
     def caption_plainly():
-        features, idx = load_plainly(), torch.full((B, 1), eot, device=me.device)
+        loaded, said = load(), torch.full((B, 1), bos, device=me.device)
         for _ in range(words):
-            idx = torch.cat([idx, plain.write(idx, plain.look(features))[:, -1:].argmax(-1)], 1)
-        return idx.tolist()
+            said = torch.cat([said, plain.write(said, plain.look(loaded))[:, -1:].argmax(-1)], 1)
+        return said.tolist()
 
     def caption():
         with me.autocast:
-            return ours.generate(gather(mapped, numbers, me.device), eot, words).tolist()
+            return ours.generate(gather(mapped, np.arange(B), me.device), bos, words).tolist()
 
-    def seconds(way):
-        t0 = time.perf_counter()
-        way()
-        return time.perf_counter() - t0
-
-    print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | {me.device}, {torch.get_num_threads()} CPU threads | "
-          f"here in {'bfloat16' if isinstance(me.autocast, torch.autocast) else 'float32'}\n{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast")
-    for name, slow, fast in (("training", train_plainly, train), ("greedy captioning", caption_plainly, caption)):
-        took = np.median([(seconds(slow), seconds(fast)) for _ in range(rounds + 2)][2:], axis=0)  # the first two rounds warm up
-        hours = f" | the published 8 epochs of COCO in {8 * 118_287 / B * took[1] / 3600:,.1f} hours" if fast is train else ""
-        print(f"{name:<18} | {B / took[0]:>8.2f} | {B / took[1]:>8.2f} | {took[0] / took[1]:.1f}{hours}", flush=True)
-    shutil.rmtree(folder)
+    print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads\n"
+          f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
+    for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
+        slow, fast = np.median([[timeit.timeit(way, number=1) for way in ways] for _ in range(7)][2:], axis=0)  # the first two rounds warm up
+        print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}" +
+              (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
 
 
 def run(script, *words):
@@ -609,7 +582,7 @@ if __name__ == "__main__":
         die(f"fusion={fusion}: xattn, linear, qformer or all")
     if min(every, beam, num, 1 if top_k is None else top_k) < 1 or samples < 2:
         die(f"every={every}, beam={beam}, num={num}, top_k={top_k}: 1 or more; samples={samples}: 2 or more")
-    if num > max(beam, 1 if temperature == 0 else num * (beam == 1)):
+    if num > beam and (beam > 1 or temperature == 0):
         die(f"num={num} different captions of a picture need a temperature above 0, or a beam at least as wide")
     if eval_only and init_from != "resume":
         die("eval_only=True evaluates a trained bridge: add init_from=resume")
@@ -658,11 +631,15 @@ if __name__ == "__main__":
             mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
             run("train_caption.py", *(f"{k}={v}" for k, v in preset.items()), *sys.argv[1:], f"fusion={kind}", f"every={n}", f"out_dir={mine}")
             rows.append(json.load(open(f"{mine}/results.json")))
+            seen = [row | dict(step=row["step"] * rows[-1]["settings"]["batch_size"]) for row in read_log(f"{mine}/log.csv")]
             for column in curves:
-                curves[column][variant(rows[-1])] = by_captions(read_log(f"{mine}/log.csv"), column, rows[-1]["settings"]["batch_size"])
+                curves[column][variant(rows[-1])] = curve(seen, column)
         save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
         plot(f"{folder}/comparison.png", {f"{column}, val2017": lines for column, lines in curves.items()}, xlabel="training captions seen")
-        print(f"\n{variants_table(rows)}\n\nthe table: {folder}/results.json, the curves: {folder}/comparison.png, {time.time() - t_start:.0f} s in all")
+        print(f"\n{scores_table({variant(r): r for r in rows})}\n\n{'':<24}  trainable  perplexity  with a wrong picture  captions seen")
+        for r in rows:
+            print(f"{variant(r):<24}{r['trainable']:>11,}{r['perplexity']:>12.2f}{r['perplexity_wrong_picture']:>22.2f}{r['step'] * r['settings']['batch_size']:>15,}")
+        print(f"\nthe tables: {folder}/results.json, the curves: {folder}/comparison.png, {time.time() - t_start:.0f} s in all")
         sys.exit(0)
 
     # ---- pictures, captions, and the frozen two
@@ -700,8 +677,8 @@ if __name__ == "__main__":
     if (cut := train_captions.cut + val_captions.cut) and rank == 0:
         print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
     if scst:
-        flat = iter(reward_words([caption for all_said in train_said for caption in all_said]))
-        train_words = [[next(flat) for _ in all_said] for all_said in train_said]
+        flat = iter(tokenize([caption for all_said in train_said for caption in all_said]))
+        train_words = [[next(flat) + [END] for _ in all_said] for all_said in train_said]
         df = document_frequencies(train_words)
 
     # ---- the bridge
@@ -755,13 +732,13 @@ if __name__ == "__main__":
         reseed(seed, step, rank)
         which, chosen = (numbers[rank::world] for numbers in training_batch(step, batch_size, train_captions, seed))
         features, owner, weight, reward = gather(train_features, which, device), None, None, None
-        with autocast:
-            if scst:
+        if scst:
+            with autocast:  # one of its own: the bfloat16 weights that autocast remembers from here have no gradient
                 idx, targets, owner, weight, reward = self_critical(model, features, [train_words[i] for i in which], df, tokenizer, max_length, samples)
-            else:
-                idx, targets = train_captions.batch(chosen, device)
-            n_tokens, = sum_over(me, (targets >= 0).sum().item())
-            # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world` times
+        else:
+            idx, targets = train_captions.batch(chosen, device)
+        n_tokens, = sum_over(me, (targets >= 0).sum().item())
+        with autocast:  # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world` times
             loss = step_model(idx, features, targets, owner, weight) * (world / n_tokens)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
@@ -798,11 +775,11 @@ if __name__ == "__main__":
 
         if not eval_only:
             log.add(**row)
-        seen = functools.partial(by_captions, log.rows, batch_size=batch_size)
-        panels = {"sampled CIDEr" if scst else "loss (nats a token)": {"train": seen("reward" if scst else "loss")},
-                  "perplexity, val2017": {"": seen("perplexity")}, "CIDEr x 100, val2017": {"": seen("CIDEr", scale=100)}}
+        seen = [row | dict(step=row["step"] * batch_size) for row in log.rows]  # by captions seen, runs of different batch sizes compare
+        panels = {"CIDEr x 100 of samples" if scst else "loss (nats a token)": {"": curve(seen, "reward", 100) if scst else curve(seen, "loss")},
+                  "perplexity, val2017": {"": curve(seen, "perplexity")}, "CIDEr x 100, val2017": {"": curve(seen, "CIDEr", 100)}}
         for kind, of in (("attn_gate", "attention"), ("mlp_gate", "MLP")) if gates else ():
-            panels[f"tanh(gate) of the {of}, by layer"] = {f"layer {layer}": seen(f"{kind}_{layer}") for layer in model.gated}
+            panels[f"tanh(gate) of the {of}, by layer"] = {f"layer {layer}": curve(seen, f"{kind}_{layer}") for layer in model.gated}
         plot(os.path.join(out_dir, "curves.png"), panels, xlabel="training captions seen")
         files = [os.path.join(data, "val2017", image["file_name"]) for image in images[:12]]
         if all(map(os.path.exists, files)):  # features may be here without their pictures
