@@ -513,7 +513,7 @@ def caption_pictures(named, path, me, temperature, top_k, num, beam, most=40):
 # what the care is worth, and how the other scripts are run
 
 
-def race(me, fusion, every, B, compiled, words=20):
+def race(me, fusion, every, B, compiled, words=16):
     """
     Prints images/s of training and of greedy captioning at true size (GPT-2 124M, 50 picture tokens x 768, all random), here and in the
     plain way to write the same: a .pt file for each picture, fp32, logits of every position, AdamW as it comes, and no cache, so that every
@@ -564,7 +564,7 @@ def race(me, fusion, every, B, compiled, words=20):
     print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads\n"
           f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
     for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
-        slow, fast = np.median([[timeit.timeit(way, number=1) for way in ways] for _ in range(7)][2:], axis=0)  # the first two rounds warm up
+        slow, fast = np.median([[timeit.timeit(way, number=1) for way in ways] for _ in range(4)][1:], axis=0)  # the first round warms up
         print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}" +
               (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
 
