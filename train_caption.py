@@ -594,7 +594,7 @@ if __name__ == "__main__":
         die("scst=True goes on from a bridge that can speak: init_from=out/... names the run that trained it")
     me, t_start = setup(device, dtype), time.time()
     if bench:
-        race(me, fusion, every, batch_size if "cuda" in me.device else 16, "cuda" in me.device if compile is None else compile)
+        race(me, "xattn" if fusion == "all" else fusion, every, batch_size if "cuda" in me.device else 16, "cuda" in me.device if compile is None else compile)
         sys.exit(0)
     if image:
         runs = sorted((run for run in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in run), key=os.path.getmtime)
