@@ -4,8 +4,10 @@
 Equality with what others trust (transformers, pycocoevalcap), with ourselves done the plain way (no cache, one process, an
 uninterrupted run), and the rules of the house. What needs real data runs where ../shared/data exists, and is skipped elsewhere.
 """
+import functools
 import http.server
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import threading
 import time
 import zipfile
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,9 +78,9 @@ def small_gpt(seed=0, n_layer=4, vocab_size=101, scale=10):
     return gpt.eval()
 
 
-def open_eyed(fusion, every=1, seed=0):
+def open_eyed(fusion, every=1, seed=0, gpt=None):
     """A captioner of 9 picture tokens, 24 wide, whose gates are open."""
-    model = Captioner(small_gpt(seed), fusion, every, width=24, n_query=5).eval()
+    model = Captioner(gpt or small_gpt(seed), fusion, every, width=24, n_query=5).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("gate"):
@@ -1159,6 +1162,82 @@ def test_cached_captions_equal_recomputed_ones(fusion, every):
         assert ours[:end] == full[:end] and set(ours[end:]) <= {bos}
 
 
+def beams(model, features, beam, length, stop):
+    B = len(features)
+    sight = model.look(features, torch.arange(B).repeat_interleave(beam))
+    P = sight.shape[1] if torch.is_tensor(sight) else 0
+    cache = train_gpt2.KVCache(model.gpt.config, B * beam, P + 1 + length, model.gpt.lm_head.weight)
+    start = torch.full((B * beam, 1), stop)
+    return train_caption.beam_search(lambda new: model.write(new, sight, cache), cache, start, beam, length, stop)
+
+
+@pytest.mark.parametrize("fusion", ["xattn", "linear"])
+def test_a_beam_of_one_is_greedy(fusion):
+    model, features = open_eyed(fusion), torch.randn(5, 9, 24)
+    assert torch.equal(beams(model, features, 1, 15, stop=100)[:, 0], model.generate(features, 100, 15))
+
+
+@pytest.mark.parametrize("fusion", ["xattn", "linear"])
+def test_a_beam_wide_enough_ranks_all_captions_as_trying_each_does(fusion):
+    stop, length, features = 4, 3, torch.randn(2, 9, 24)
+    model = open_eyed(fusion, gpt=small_gpt(vocab_size=5, scale=3))
+    endless = [list(said) for said in itertools.product(range(5), repeat=length)]
+    every_caption = sorted({tuple(said[:said.index(stop) + 1] if stop in said else said) for said in endless})  # 85
+    found = beams(model, features, 100, length, stop).tolist()
+    for b in range(2):
+        sight, mean = model.look(features[b:b + 1]), {}
+        for said in every_caption:  # without cache, one at a time
+            logp = model.write(torch.tensor([[stop, *said[:-1]]]), sight).log_softmax(-1)[0]
+            mean[said] = logp[range(len(said)), said].mean().item()
+        ranked = sorted(every_caption, key=mean.get, reverse=True)
+        assert [tuple(row[:row.index(stop) + 1] if stop in row else row) for row in found[b]][:len(ranked)] == ranked
+    best = model.generate(features, stop, length, num=2, beam=100).tolist()
+    assert best == [row for rows in found for row in rows[:2]]
+
+
+def test_frozen_matrices_in_bfloat16_change_nothing_for_autocast():
+    idx, features, autocast = torch.randint(0, 101, (2, 12)), torch.randn(2, 9, 24), torch.autocast("cpu", torch.bfloat16)
+    model = open_eyed("xattn")
+    embedding = model.gpt.transformer.wte.weight
+    embedding.data = embedding.bfloat16().float()  # read as it is, not only multiplied: this one is rounded
+    with torch.no_grad(), autocast:
+        before = model.write(idx, model.look(features))
+        model.place(Process(0, 1, "cpu", autocast))
+        assert torch.equal(model.write(idx, model.look(features)), before)
+    assert model.gpt.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16 and model.project[0].weight.dtype == torch.float32
+
+
+def test_scst_follows_the_gradient_of_expected_cider():
+    """All captions of two words at most, all pairs of samples: what is descended on average is minus the gradient of sum p(caption) CIDEr(caption)."""
+    eot, features = 2, torch.randn(1, 9, 24)
+    model = open_eyed("linear", gpt=small_gpt(vocab_size=3, scale=3))
+    tokenizer = SimpleNamespace(eot_token=eot, decode=lambda row: " ".join("ab"[token] for token in row))
+    references = [[["a", "b", train_caption.END], ["b", train_caption.END]]]
+    df = cider.document_frequencies(references + [[["c", train_caption.END]], [["a", "c"]]])
+    captions = [[eot, eot]] + [[first, second] for first in (0, 1) for second in (0, 1, eot)]
+    targets = torch.tensor(captions)
+    targets[0, 1] = -100
+    starts = torch.tensor([[eot, first] for first, _ in captions])
+    logp = model.write(starts, model.look(features, torch.zeros(7, dtype=torch.long))).log_softmax(-1)  # (7, 2, 3)
+    p = (logp.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)).sum(1).exp()  # (7,)
+    said = [["ab"[token] for token in row if token != eot] + [train_caption.END] * (eot in row) for row in captions]
+    rewards = torch.from_numpy(cider.cider(said, references * 7, df)).float()
+    assert p.sum().item() == pytest.approx(1) and len(set(rewards.tolist())) > 4
+    parameters = list(model.project.parameters())
+    exact = torch.autograd.grad(p @ rewards, parameters)
+    ours = [torch.zeros_like(g) for g in exact]
+    for one, two in itertools.product(range(7), repeat=2):
+        model.generate = lambda *args, **kw: torch.tensor([captions[one], captions[two]])
+        *batch, mean = train_caption.self_critical(model, features, references, df, tokenizer, max_length=2, samples=2)
+        assert mean == pytest.approx((rewards[one] + rewards[two]).item() / 2) and batch[-1].sum().abs() < 1e-6
+        idx, said, owner, weight = batch
+        for total, g in zip(ours, torch.autograd.grad(model(idx, features, said, owner, weight) / 2, parameters)):
+            total -= (p[one] * p[two]).item() * g
+    for mine, g in zip(ours, exact):
+        assert g.abs().max() > 1e-3
+        torch.testing.assert_close(mine, g, atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("fusion", ["xattn", "linear", "qformer"])
 def test_first_word_is_trained_and_depends_on_the_picture(fusion):
     tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
@@ -1228,7 +1307,9 @@ def test_caption_run_leaves_what_it_promises(trained):
     said = json.load(open(trained / "out/caption_whole/captions_val2017.json"))
     assert [entry["image_id"] for entry in said] == [image["id"] for image in images]
     scores, _ = cider.evaluate([entry["caption"] for entry in said], references)
-    assert {k: results[k] for k in scores} == scores
+    assert {k: results[k] for k in scores} == scores == results["scores"]["greedy"]
+    run("cider.py out/caption_whole/captions_val2017.json shapes/annotations/captions_val2017.json out=judged.json", trained)
+    assert json.load(open(trained / "judged.json"))["scores"] == scores
     for name in ("captions.png", "curves.png", "attention.png"):
         assert Image.open(trained / "out/caption_whole" / name).size[0] > 300
     assert not [name for name in os.listdir(trained / "out/caption_whole") if name.endswith(".tmp")]
@@ -1241,9 +1322,73 @@ def test_captioner_resumes_exactly(trained):
         assert log_column(trained / "half/log.csv", column) == log_column(trained / "out/caption_whole/log.csv", column)
 
 
-def test_image_mode_captions_pictures(trained):
-    said = run("train_caption.py image=shapes/val2017/000001.jpg,shapes/val2017/000002.jpg temperature=0", trained)
-    assert said.count("shapes/val2017/00000") == 2 and os.path.exists(trained / "out/caption_whole/image.png")
+def test_beam_and_published_protocol_are_reported_beside_greedy(trained):
+    shutil.copytree(trained / "out/caption_whole", trained / "judged")
+    said = run(f"{CAPTION_RUN} out_dir=judged init_from=resume eval_only=True beam=3 single_reference=True", trained)
+    results, before = (json.load(open(trained / name / "results.json")) for name in ("judged", "out/caption_whole"))
+    assert list(results["scores"]) == ["greedy", "greedy, one reference", "beam=3"] and all(name in said for name in results["scores"])
+    assert results["scores"]["greedy"] == before["scores"]["greedy"]
+    captions = [[entry["caption"] for entry in json.load(open(trained / name / "captions_val2017.json"))] for name in ("out/caption_whole", "judged")]
+    _, references = coco.load_captions(str(trained / "shapes"), "val2017")
+    assert cider.evaluate(captions[1], references)[0] == results["scores"]["beam=3"] == {k: results[k] for k in results["scores"]["beam=3"]}
+    rng = np.random.default_rng(1337)
+    one = [[refs[rng.integers(5)].split()] for refs in references]
+    assert cider.evaluate([caption.split() for caption in captions[0]], one, tokenized=True)[0] == results["scores"]["greedy, one reference"]
+
+
+def test_scst_starts_from_a_run_and_resumes_exactly(trained):
+    scst = "train_caption.py scst=True learning_rate=3e-3 min_lr=3e-3 samples=3 eval_interval=2 batch_size=8 device=cpu dtype=bfloat16"
+    run(f"{scst} init_from=out/caption_whole out_dir=scst max_steps=4", trained)
+    run(f"{scst} init_from=out/caption_whole out_dir=scst_half max_steps=2", trained)
+    run(f"{scst} data=shapes encoder=patches init_from=resume out_dir=scst_half max_steps=4", trained)
+    for column in ("loss", "reward", "perplexity"):
+        assert log_column(trained / "scst_half/log.csv", column) == log_column(trained / "scst/log.csv", column)
+    assert len(log_column(trained / "scst/log.csv", "reward")) == 4
+    before, after = (train_gpt2.load_checkpoint(str(trained / name / "ckpt.pt")) for name in ("out/caption_whole", "scst"))
+    assert after["settings"]["gpt"] == "gpt/ckpt.pt" and after["settings"]["encoder"] == "patches"  # the settings of the run it started from
+    moved = {k: not torch.equal(w, before["model"][k].to(w)) for k, w in after["model"].items()}
+    assert all(moved[k] != k.startswith("gpt.") for k in moved), moved  # every trained tensor, also in bfloat16, and no frozen one
+
+
+@pytest.fixture
+def server(trained):
+    """A web server for the folder of the small road."""
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
+    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(trained)))
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{served.server_port}"
+    served.shutdown()
+    served.server_close()
+
+
+def test_image_mode_needs_the_checkpoint_alone(trained, tmp_path, server):
+    """Files, a folder, a glob and a URL, far from the data and the GPT."""
+    os.makedirs(tmp_path / "out/caption_x")
+    os.mkdir(tmp_path / "mine")
+    shutil.copy(trained / "out/caption_whole/ckpt.pt", tmp_path / "out/caption_x")
+    for i in range(1, 5):
+        shutil.copy(trained / f"shapes/val2017/00000{i}.jpg", tmp_path / ("mine" if i < 3 else "") / f"{i}.jpg")
+    (tmp_path / "mine/notes.txt").write_text("not a picture")
+    said = run(f"train_caption.py image=mine,*3.jpg,4.jpg,{server}/shapes/val2017/000001.jpg num=2 beam=3", tmp_path).splitlines()
+    names = [name for name in ("mine/1.jpg", "mine/2.jpg", "3.jpg", "4.jpg", f"{server}/shapes/val2017/000001.jpg") for _ in range(2)]
+    assert [line.rsplit(": ", 1)[0] for line in said[:10]] == names and said[0].split(": ")[-1] == said[8].split(": ")[-1]
+    assert Image.open(tmp_path / "out/caption_x/image.png").size[0] > 300
+    assert "judged.json" in run(f"train_caption.py image={server}/judged.json", tmp_path, ok=False)
+
+
+@needs_shared
+def test_gpt_from_the_hub_a_folder_or_a_file(trained):
+    gpt = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16))
+    gpt.save_pretrained(str(trained / "pretrained/gpt2"))  # as if downloaded
+    losses, words = [], dict(TIKTOKEN_CACHE_DIR=os.path.join(SHARED, "tiktoken"))
+    for name in ("gpt2", "pretrained/gpt2/model.safetensors"):
+        run(f"{CAPTION_RUN} out_dir=hub max_steps=1 gpt={name}", trained, env=words)
+        losses += log_column(trained / "hub/log.csv", "loss")
+    assert losses[0] == losses[1] == pytest.approx(np.log(50257), abs=0.2)
+    shutil.rmtree(trained / "pretrained")
+    assert "000001.jpg: " in run("train_caption.py image=shapes/val2017/000001.jpg out_dir=hub", trained, env=words)
+    small_gpt().save_pretrained(str(trained / "other_words"))
+    assert "only GPT-2's vocabulary" in run(f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words)
 
 
 @pytest.mark.parametrize("fusion", ["linear", "qformer"])
@@ -1251,13 +1396,15 @@ def test_prefix_bridges_train(road, fusion):
     run(f"{CAPTION_RUN} out_dir=run_{fusion} fusion={fusion}", road)
     results = json.load(open(road / f"run_{fusion}/results.json"))
     assert results["fusion"] == fusion and results["perplexity"] < results["perplexity_no_picture"]
+    assert (results["settings"]["weight_decay"], results["settings"]["beta2"]) == (0.05, 0.98)  # the recipe of the published prefix runs,
+    assert results["settings"]["batch_size"] == 16  # but for what the command line says
 
 
 def test_all_variants_share_one_table(road):
     said = run(f"{CAPTION_RUN} out_dir=all fusion=all max_steps=2 eval_interval=2", road)
     rows = json.load(open(road / "all/results.json"))
     assert [(row["fusion"], row["every"]) for row in rows] == list(train_caption.VARIANTS)
-    assert all(f"{row['trainable']:,}" in said for row in rows) and os.path.exists(road / "all/comparison.png")
+    assert all(f"{row['trainable']:,}" in said and row["settings"]["max_steps"] == 2 for row in rows) and os.path.exists(road / "all/comparison.png")
 
 
 @pytest.mark.parametrize("command, hint", [
@@ -1274,6 +1421,10 @@ def test_all_variants_share_one_table(road):
     ("train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=patches init_from=resume out_dir=other_shape", "of another shape"),
     ("train_caption.py data=shapes gpt=nothing.pt encoder=patches", "nothing.pt"),
     ("train_caption.py image=broken.jpg", "broken.jpg is not a readable picture"),
+    ("train_caption.py image=nowhere/*.jpg", "nowhere/*.jpg"),
+    ("train_caption.py image=broken.jpg num=3 temperature=0", "num=3"),
+    ("train_caption.py scst=True", "init_from="),
+    ("train_caption.py init_from=out/caption_whole every=2", "every=1"),
     ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3 total_batch_size=512", "not a multiple"),
     ("train_gpt2.py data=nowhere", "fineweb.py"),
     ("fineweb.py text=nowhere.txt", "nowhere.txt"),

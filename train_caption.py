@@ -1,11 +1,13 @@
 """
 The captioner: a frozen GPT, a frozen eye, and the one thing that is trained, the bridge between them.
 
-    python train_caption.py                                   # nothing prepared: the built-in scenes, end to end, in two minutes on a laptop
+    python train_caption.py                                   # nothing prepared: built-in scenes, end to end, two minutes on a laptop, 94% right
     python train_caption.py fusion=all                        # five variants side by side
-    python train_caption.py image=a.jpg,b.png                 # caption pictures of your own with the newest run
+    python train_caption.py image=a.jpg,photos beam=5         # caption pictures of your own with the newest run
     python train_caption.py data=data/coco2017 gpt=gpt2       # COCO on one GPU, once `python coco.py` has encoded it
     torchrun --standalone --nproc_per_node=8 train_caption.py data=data/coco2017 gpt=out/gpt2/ckpt.pt
+    python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 min_lr=1e-5 max_steps=924   # on, for CIDEr itself
+    python train_caption.py bench=True dtype=bfloat16         # how much faster than the plain way
 
 Three bridges:
   xattn    before every `every`-th block of the GPT, a gated cross-attention block lets each word look at the picture (Flamingo, Alayrac
@@ -13,19 +15,23 @@ Three bridges:
   linear   the picture's tokens, through one matrix, are put before the words as if they were words (ClipCap, LLaVA).
   qformer  32 learned queries read the picture first, and what they found is put before the words (BLIP-2, Li et al. 2023).
 
-The defaults are the published recipe on COCO 2017 with GPT-2 124M and CLIP ViT-B/32, which reports (its protocol: one reference, part of
-the split) CIDEr 57.1 / 55.9 / 47.8 for a gated block before every layer, every 2nd, every 4th; about 12 for linear; 35.0 for qformer.
+The defaults are the published recipes on COCO 2017 with GPT-2 124M and CLIP ViT-B/32, which report CIDEr 57.1 / 55.9 / 47.8 for a gated block
+before every layer, every 2nd, every 4th; about 12 for linear; 35.0 for qformer (their protocol, `single_reference=True`: see below).
 Writes out_dir/{ckpt.pt, log.csv, results.json, captions_val2017.json, curves.png, captions.png, attention.png}.
 """
+import functools
 import glob
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+import timeit
 from dataclasses import asdict
 
 import numpy as np
@@ -33,13 +39,13 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import configure, die, get_tokenizer, save_atomically, show
+from fineweb import configure, die, download, get_tokenizer, save_atomically, show
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, plot, pyplot, read_log,
                         rank_zero_first, reseed, resume_optimizers, save_checkpoint, setup, sum_over, take_step)
-from cider import evaluate as score
+from cider import cider, document_frequencies, evaluate as score, tokenize
 from coco import encode, load_captions, load_encoder, load_features, open_image, share_right
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,7 +53,7 @@ from coco import encode, load_captions, load_encoder, load_features, open_image,
 
 data = None                 # a folder in COCO's layout; None = data/coco2017 if it is there, else the built-in scenes
 out_dir = None              # where the run goes; None = out/caption_{data}_{fusion}
-init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt)
+init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | another run (its folder or ckpt.pt): starts from its bridge, with its settings
 eval_only = False           # with init_from=resume: evaluate and draw, train nothing
 gpt = "gpt2"                # the frozen writer: gpt2, gpt2-medium, ... | a folder, .safetensors or ckpt.pt
 encoder = "ViT-B-32"        # the frozen eye, whose features coco.py wrote
@@ -64,17 +70,30 @@ min_lr = 1e-4               # where the cosine ends
 warmup_steps = 0
 max_steps = 7_392           # 8 epochs of 118,287 pictures
 weight_decay = 0.1
+beta2 = 0.95                # AdamW's second; the first is 0.9
 grad_clip = 1.0
+scst = False                # train on CIDEr itself, from a bridge that init_from= names
+samples = 5                 # scst: captions drawn for each picture, which compete
 eval_interval = 924         # steps between evaluations, each followed by a checkpoint: an epoch
 log_interval = 20           # steps between printed lines
-image = None                # caption these pictures (a,b,...) with out_dir's checkpoint, the newest by default, instead of training
-temperature = 1.0           # for image=: 0 takes the likeliest word each time
-top_k = 10                  # for image=: choose among so many
+single_reference = False    # score by the published table's protocol as well
+beam = 1                    # final captions and image=: beam search among so many, 1 = greedy
+image = None                # caption pictures, folders, globs, URLs (a,b,...) with out_dir's checkpoint (None: the newest) instead of training
+num = 1                     # image=: captions a picture
+temperature = 1.0           # image=: 0 takes the likeliest word each time
+top_k = 10                  # image=: choose among so many words
+bench = False               # measure training and captioning against the plain way, at true size
 seed = 1337
 device = None               # cuda, cpu, mps; None takes the best there is
 dtype = None                # bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
 compile = None              # torch.compile the training step; None = on CUDA
 wandb_log = False           # mirror the log to Weights & Biases
+
+# The published prefix runs had a recipe of their own, one epoch long: fusion=linear and fusion=qformer take it where the command line is silent.
+PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_decay=0.05, beta2=0.98, max_steps=463, eval_interval=463)
+# What a run that starts from another one takes over from it, likewise.
+INHERITED = ("data", "gpt", "encoder", "fusion", "every", "n_query", "dropout", "shuffle", "batch_size", "max_length", "optimizer", "weight_decay",
+             "beta2")
 
 # The built-in road for a machine that has nothing prepared: four stages, then this script itself. A stage is what it does, the last file that
 # it writes, and its command.
@@ -89,16 +108,17 @@ SHAPES_ROAD = (
     ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/{encoder}_val2017.npy",
      "coco.py data=data/shapes encoder={encoder}"),
 )
-SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3, min_lr=4e-4,
-                     warmup_steps=20, weight_decay=0.0, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
+SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3,
+                     min_lr=4e-4, warmup_steps=20, weight_decay=0.0, beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
 VARIANTS = (("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1))  # what fusion=all compares: (fusion, every)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the bridges. B pictures, S tokens each, W wide as the encoder made them; T words; C = n_embd, H = n_head, D = C / H; P prefix tokens
+# the bridges. B pictures, S tokens each, W wide as the encoder made them; R rows of words about them, T long, each row with an `owner`, its
+# picture; C = n_embd, H = n_head, D = C / H; P prefix tokens; V = vocab_size
 
 
 class GatedCrossAttention(nn.Module):
-    """Flamingo's block: words x (B, T, C) ask, the picture answers; each half is added through tanh(gate), with gate = 0 at the start."""
+    """Flamingo's block: words x (R, T, C) ask, the picture answers; each half is added through tanh(gate), with gate = 0 at the start."""
 
     def __init__(self, n_embd, n_head):
         super().__init__()
@@ -113,17 +133,21 @@ class GatedCrossAttention(nn.Module):
         self.mlp_gate = nn.Parameter(torch.zeros(()))
 
     def look(self, picture):
-        """Keys and values of the picture (B, S, C): (2, B, H, S, D). They are the same for every word, so they are computed once."""
+        """Keys and values of the pictures (B, S, C): (2, B, H, S, D). They are the same for every word, so they are computed once."""
         B, S, C = picture.shape
-        return self.c_kv(picture).view(B, S, 2, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        kv = self.c_kv(picture).view(B, S, 2, self.n_head, C // self.n_head)
+        return kv.permute(2, 0, 3, 1, 4).contiguous()  # else every word would copy them into this order
 
     def forward(self, x, kv, weights=None):
-        B, T, C = x.shape
-        q = self.c_q(self.ln_1(x)).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-        if weights is not None:  # for drawing: where each word looks, (B, T, S), mean over heads
-            weights.append((q @ kv[0].mT * q.shape[-1] ** -0.5).softmax(-1).mean(1))
-        y = F.scaled_dot_product_attention(q, kv[0], kv[1])  # every word sees the whole picture: nothing is causal here
-        x = x + self.attn_gate.tanh() * self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        R, T, C = x.shape
+        q = self.c_q(self.ln_1(x)).view(R, T, self.n_head, C // self.n_head).transpose(1, 2)  # (R, H, T, D)
+        # Every word sees the whole picture: nothing is causal here. Written out, as for so few keys F.scaled_dot_product_attention is no
+        # help: in bfloat16 on a CPU it takes four times as long.
+        attention = (q @ kv[0].mT * q.shape[-1] ** -0.5).softmax(-1)  # (R, H, T, S)
+        if weights is not None:  # for drawing: where each word looks, (R, T, S), mean over heads
+            weights.append(attention.mean(1))
+        y = attention @ kv[1]  # (R, H, T, D)
+        x = x + self.attn_gate.tanh() * self.c_proj(y.transpose(1, 2).reshape(R, T, C))
         return x + self.mlp_gate.tanh() * self.mlp(self.ln_2(x))
 
 
@@ -159,43 +183,98 @@ class Captioner(nn.Module):
             self.project = nn.Linear(width, C) if fusion == "linear" else QFormer(width, C, n_query, dropout)
             self.gated = nn.ModuleDict()
 
-    def look(self, features):
-        """Features (B, S, W) -> what the GPT will get of them: keys and values for each gated block, or a prefix (B, P, C)."""
-        picture = self.project(features)
-        return {layer: block.look(picture) for layer, block in self.gated.items()} if self.gated else picture
+    def place(self, me):
+        """
+        Moves to the device. Where matmuls run in bfloat16, the frozen matrices are kept in it: autocast remembers its copies of trained
+        weights only, and would make those of the frozen ones anew for every batch and every word.
+        """
+        if isinstance(me.autocast, torch.autocast):
+            for name, p in self.gpt.named_parameters():
+                if p.dim() == 2 and not name.endswith("wpe.weight"):
+                    p.data = p.data.bfloat16()
+        return self.to(me.device)
 
-    def write(self, idx, sight=None, cache=None, weights=None):
-        """Tokens idx (B, T), the next after those in the cache, and `look(features)` -> logits (B, T, V)."""
+    def look(self, features, owner=None):
+        """
+        Features (B, S, W) -> what the GPT gets of them: keys and values for each gated block, or a prefix (R, P, C). owner (R,): which
+        of the pictures each row of words is about; None = row i about picture i.
+        """
+        picture, rows = self.project(features), slice(None) if owner is None else owner
+        return {layer: block.look(picture)[:, rows] for layer, block in self.gated.items()} if self.gated else picture[rows]
+
+    def hidden(self, idx, sight=None, cache=None, weights=None):
+        """Tokens idx (R, T), the next after those in the cache, and `look(features)` -> (R, T, C), of which `gpt.head` makes logits."""
         prefix = sight if torch.is_tensor(sight) else None
         P, seen = prefix.shape[1] if prefix is not None else 0, cache.seen if cache else 0
         x = self.gpt.embed(idx, max(0, seen - P))  # the prefix has no positions of its own: the first word is at 0, as the GPT is used to
         if P and not seen:
-            x = torch.cat([prefix.to(x.dtype), x], 1)  # (B, P+T, C)
+            x = torch.cat([prefix.to(x.dtype), x], 1)  # (R, P+T, C)
         for layer, block in enumerate(self.gpt.transformer.h):
             if sight is not None and str(layer) in self.gated:
                 x = self.gated[str(layer)](x, sight[str(layer)], weights)
             x = block(x, cache, layer)
         if cache:
             cache.seen += x.shape[1]
-        return self.gpt.head(x[:, -idx.shape[1]:])  # words only: nothing is predicted from the prefix but the first word, from BOS
+        return x[:, -idx.shape[1]:]  # words only: nothing is predicted from the prefix but the first word, from BOS
 
-    def forward(self, idx, features, targets):
-        """The summed cross-entropy of targets (B, T), in nats; -100 marks padding. features=None leaves the GPT without a picture."""
-        logits = self.write(idx, None if features is None else self.look(features))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    def write(self, idx, sight=None, cache=None):
+        """The logits (R, T, V) of `hidden`."""
+        return self.gpt.head(self.hidden(idx, sight, cache))
+
+    def forward(self, idx, features, targets, owner=None, weight=None):
+        """
+        The summed cross-entropy of targets (R, T), in nats; -100 marks padding. features=None leaves the GPT without a picture.
+        weight (R,): how much each row counts, which scst sets.
+        """
+        x, said = self.hidden(idx, None if features is None else self.look(features, owner)), targets >= 0
+        logits = self.gpt.head(x[said]).float()  # (words, V): the largest tensor of a step, so none for padding
+        nats = F.cross_entropy(logits, targets[said], reduction="none")  # (words,)
+        return nats.sum() if weight is None else (nats * weight[:, None].expand_as(targets)[said]).sum()
 
     @torch.no_grad()
-    def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, generator=None):
-        """Captions of pictures (B, S, W), as tokens (B, up to max_new_tokens), each ended by `bos`, which is also EOS."""
-        sight = self.look(features)
+    def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
+        """
+        num captions for each of B pictures (B, S, W): tokens (B * num, up to max_new_tokens), ended by `bos`, which is also EOS. beam=1
+        takes the likeliest word each time (temperature 0) or draws it, see `decode`; beam>1 takes the num best that `beam_search` finds.
+        """
+        B, copies = len(features), max(num, beam)
+        sight = self.look(features, torch.arange(B, device=features.device).repeat_interleave(copies))
         P = sight.shape[1] if torch.is_tensor(sight) else 0
-        cache = KVCache(self.gpt.config, len(features), P + 1 + max_new_tokens, self.gpt.lm_head.weight)
-        start = torch.full((len(features), 1), bos, device=features.device)
-        return decode(lambda new: self.write(new, sight, cache), start, max_new_tokens, temperature, top_k, bos, generator)[:, 1:]
+        cache = KVCache(self.gpt.config, B * copies, P + 1 + max_new_tokens, self.gpt.lm_head.weight)
+        start = torch.full((B * copies, 1), bos, device=features.device)
+        if beam > 1:
+            return beam_search(lambda new: self.write(new, sight, cache), cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
+        return decode(lambda new: self.write(new, sight, cache), start, max_new_tokens, temperature, top_k, bos)[:, 1:]
+
+
+@torch.no_grad()
+def beam_search(step, cache, start, beam, max_new_tokens, stop):
+    """
+    Grows start (B * beam, 1), `beam` rows for each of B captions, like `decode`, but keeps the `beam` best beginnings of each. Returns
+    them, best first: (B, beam, up to max_new_tokens). Best has the highest mean log-probability a token, EOS counted: of sums, the
+    shortest would win. What has ended keeps its place for as long as it is among the best.
+    """
+    first = torch.arange(0, len(start), beam, device=start.device)[:, None]  # (B, 1) the first row of each caption
+    idx, length, done = start, start.new_zeros(len(start)), torch.zeros_like(start[:, 0], dtype=torch.bool)
+    total = torch.full(done.shape, -math.inf, device=start.device)  # log-probability of each row
+    total[first] = 0.0  # all rows of a caption begin alike: one of them is enough
+    for _ in range(max_new_tokens):
+        logp = step(idx[:, -1:])[:, -1].float().log_softmax(-1)  # (B * beam, V)
+        logp[done] = -math.inf
+        logp[done, stop] = 0.0  # the one way to go on from an end, which costs nothing
+        total, length = total[:, None] + logp, length + ~done
+        best = (total / length[:, None]).view(len(first), -1).topk(beam).indices  # (B, beam), each a row of the caption * V + a token
+        parent, token = (first + best // logp.shape[1]).flatten(), (best % logp.shape[1]).flatten()
+        idx, length, total = torch.cat([idx[parent], token[:, None]], 1), length[parent], total[parent, token]
+        done = done[parent] | (token == stop)
+        cache.kv[..., :cache.seen, :] = cache.kv[:, :, parent, :, :cache.seen]  # each row takes over its parent's keys and values
+        if done.all():
+            break
+    return idx[:, 1:].view(len(first), beam, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# captions as tokens
+# captions as tokens, and the batches to train on
 
 
 class TokenizedCaptions:
@@ -211,11 +290,17 @@ class TokenizedCaptions:
         self.of_image = np.cumsum([0] + [len(all_said) for all_said in captions])  # image i has captions of_image[i] .. of_image[i+1]-1
 
     def batch(self, numbers, device):
-        """Captions by number -> idx, targets (B, T), padded to the longest of them; the loss skips targets of -100."""
+        """Captions by number -> idx, targets (R, T), padded to the longest of them; the loss skips targets of -100."""
         rows = [self.flat[self.start[c]:self.start[c + 1]] for c in numbers]
         idx = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
         targets = nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
         return idx.to(device), targets.to(device)
+
+
+@functools.lru_cache(2)
+def epoch_order(seed, epoch, n):
+    rng = np.random.default_rng((seed, epoch))
+    return rng.permutation(n), rng.random(n)  # the order of the images, and the lot that picks each one's caption
 
 
 def training_batch(step, batch_size, captions, seed):
@@ -224,18 +309,11 @@ def training_batch(step, batch_size, captions, seed):
     images, chosen = [], []
     for number in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(number, n)
-        if not images or i == 0:
-            rng = np.random.default_rng((seed, epoch))
-            order, lot = rng.permutation(n), rng.random(n)
-        image = order[i]
-        first, end = captions.of_image[image:image + 2]
-        images.append(image)
+        order, lot = epoch_order(seed, epoch, n)
+        first, end = captions.of_image[order[i]:order[i] + 2]
+        images.append(order[i])
         chosen.append(first + int(lot[i] * (end - first)))
     return np.array(images), chosen
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# evaluation: over the whole split, shared out over the processes
 
 
 def gather(features, numbers, device):
@@ -244,30 +322,70 @@ def gather(features, numbers, device):
     return rows.to(device, torch.float32)
 
 
+def words_of(tokens, tokenizer):
+    """Generated tokens (R, T) -> lists of tokens, each up to its EOS."""
+    return [row[:row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row for row in tokens.tolist()]
+
+
+def to_text(tokens, tokenizer):
+    return [tokenizer.decode(row).strip() for row in words_of(tokens, tokenizer)]
+
+
+# CIDEr leaves out full stops: without a word for the end, a caption that breaks off ("a man with a") would score like one that ends, and
+# training on CIDEr soon finds that out (Hu et al. 2023, https://arxiv.org/abs/2305.12254)
+END = "<end>"
+
+
 @torch.no_grad()
-def perplexity(model, features, captions, me, sight="right", batch_size=256):
+def self_critical(model, features, references, df, tokenizer, max_length, samples):
+    """
+    Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): the gradient of the expected CIDEr of captions drawn
+    from the model is E[(reward - baseline) * grad log p(caption)], for any baseline that doesn't depend on that caption; so a batch to train on
+    is captions of its own, their cross-entropy weighted by reward - baseline. Rennie's baseline is the greedy caption's reward. Here it is
+    the mean of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971): no further decoding, and less variance.
+    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), owner (R,), weight (R,), mean reward; R = B * samples.
+    """
+    B, eot = len(features), tokenizer.eot_token
+    tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); all words: what top-k cuts off has no gradient
+    is_end = tokens == eot
+    words = [said + [END] * ended for said, ended in zip(tokenize(to_text(tokens, tokenizer)), is_end.any(1).tolist())]
+    rewards = torch.from_numpy(cider(words, [refs for refs in references for _ in range(samples)], df)).float().view(B, samples)
+    others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
+    targets = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), -100)  # up to and with the first EOS
+    owner = torch.arange(B, device=tokens.device).repeat_interleave(samples)
+    weight = (rewards - others).flatten().to(tokens.device)
+    return F.pad(tokens[:, :-1], (1, 0), value=eot), targets, owner, weight, rewards.mean().item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# evaluation: over the whole split, shared out over the processes
+
+
+@torch.no_grad()
+def perplexity(model, features, captions, me, sight="right", batch_size=32):
     """exp of the total loss over the total tokens of all captions, given the right picture, a "wrong" one, or "none"."""
-    owner = np.repeat(np.arange(len(features)), np.diff(captions.of_image))  # the image that each caption is about
-    if sight == "wrong":
-        owner = (owner + len(features) // 2) % len(features)
     total_loss, total_tokens = 0.0, 0
-    for start in range(me.rank * batch_size, len(owner), me.world * batch_size):
-        numbers = range(start, min(start + batch_size, len(owner)))
-        idx, targets = captions.batch(numbers, me.device)
+    for start in range(me.rank * batch_size, len(features), me.world * batch_size):
+        images = np.arange(start, min(start + batch_size, len(features)))
+        ends = captions.of_image[start:images[-1] + 2]
+        idx, targets = captions.batch(range(ends[0], ends[-1]), me.device)
+        owner = torch.from_numpy(np.repeat(images - start, np.diff(ends))).to(me.device)  # each picture is looked at once for all its captions
+        if sight == "wrong":
+            images = (images + len(features) // 2) % len(features)
         with me.autocast:
-            total_loss += model(idx, None if sight == "none" else gather(features, owner[numbers], me.device), targets).item()
+            total_loss += model(idx, None if sight == "none" else gather(features, images, me.device), targets, owner).item()
         total_tokens += (targets >= 0).sum().item()
     total_loss, total_tokens = sum_over(me, total_loss, total_tokens)
     return math.exp(total_loss / total_tokens)
 
 
-def caption_split(model, features, tokenizer, max_length, me, batch_size=256):
-    """The greedy caption of every picture of a split, as strings in their order."""
-    mine = {}
+def caption_split(model, features, tokenizer, max_length, me, beam=1, batch_size=256):
+    """The caption of every picture of a split, by beam search or greedy, as strings in their order."""
+    mine, batch_size = {}, max(1, batch_size // beam)
     for start in range(me.rank * batch_size, len(features), me.world * batch_size):
         numbers = np.arange(start, min(start + batch_size, len(features)))
         with me.autocast:
-            tokens = model.generate(gather(features, numbers, me.device), tokenizer.eot_token, max_length)
+            tokens = model.generate(gather(features, numbers, me.device), tokenizer.eot_token, max_length, beam=beam)
         mine |= zip(numbers.tolist(), to_text(tokens, tokenizer))
     parts = [mine]
     if me.world > 1:
@@ -276,9 +394,26 @@ def caption_split(model, features, tokenizer, max_length, me, batch_size=256):
     return [said for _, said in sorted(item for part in parts for item in part.items())]
 
 
-def to_text(tokens, tokenizer):
-    """Generated tokens (B, T) -> captions, each up to its EOS."""
-    return [tokenizer.decode(row[:row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row).strip() for row in tokens.tolist()]
+def published_protocol(said, references, seed, n=50 * 128):
+    """
+    Scores as the published table has them: 50 batches of 128 pictures, one reference drawn for each, words split on spaces. The literature
+    counts otherwise, so never compare the two: against all five references a caption may agree with any of them, the rarity of
+    words is counted in five times as much text, and in Penn Treebank tokens "Dog." is "dog".
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [[refs[rng.integers(len(refs))].split()] for refs in references[:n]]
+    return score([caption.split() for caption in said[:n]], drawn, tokenized=True)[0]
+
+
+def variant(run):
+    return f"xattn, every {run['every']}" if run["fusion"] == "xattn" else run["fusion"]
+
+
+def scores_table(rows):
+    """{name: scores} -> a line for each, x 100 as in papers."""
+    metrics = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
+    lines = {"scores x 100": metrics} | {name: [f"{100 * scores[metric]:.1f}" for metric in metrics] for name, scores in rows.items()}
+    return "\n".join(f"{name:<24}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in lines.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,40 +437,136 @@ def draw_captions(path, pictures, titles, columns=4):
 @torch.no_grad()
 def draw_attention(path, model, features, pictures, tokenizer, max_length):
     """Where each word of a caption looked, by the gated block whose attention differs most from word to word: one row a picture."""
-    plt = pyplot()
-    sight, rows = model.look(features), []
+    plt, weights = pyplot(), []
     tokens = model.generate(features, tokenizer.eot_token, max_length)
-    weights = []
     idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]  # what had been written when each word was chosen
-    model.write(idx, sight, weights=weights)
-    weights = torch.stack(weights)  # (blocks, B, T, S)
-    best = weights.std(2).mean((1, 2)).argmax()
-    for b, row in enumerate(tokens.tolist()):
-        words = row[:row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row
-        rows.append([(tokenizer.decode([word]).strip(), weights[best, b, t].float().cpu()) for t, word in enumerate(words)])
+    model.hidden(idx, model.look(features), weights=weights)
+    weights = torch.stack(weights).float().cpu()  # (blocks, B, T, S)
+    best, grid = weights.std(2).mean((1, 2)).argmax(), math.isqrt(weights.shape[-1])
+    rows = words_of(tokens, tokenizer)
     longest = max(1, *map(len, rows))
     fig, axes = plt.subplots(len(rows), longest, figsize=(1.15 * longest, 1.45 * len(rows)), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for line, picture, words in zip(axes, pictures, rows):
-        for ax, (word, weight) in zip(line, words):
-            grid = math.isqrt(len(weight))
-            heat = weight[len(weight) - grid * grid:].view(grid, grid)  # CLIP's first token is the class token, which is nowhere
+    for b, (picture, row) in enumerate(zip(pictures, rows)):
+        for t, (ax, word) in enumerate(zip(axes[b], row)):
+            heat = weights[best, b, t, -grid * grid:].view(grid, grid)  # CLIP's first token is the class token, which is nowhere
             ax.imshow(picture, extent=(0, 1, 0, 1))
             ax.imshow(heat, extent=(0, 1, 0, 1), cmap="inferno", alpha=0.6, interpolation="bilinear")
-            ax.set_title(word, fontsize=9, parse_math=False)
+            ax.set_title(tokenizer.decode([word]).strip(), fontsize=9, parse_math=False)
     fig.suptitle(f"where each word looks (gated block before layer {list(model.gated)[best]})", fontsize=10)
     fig.tight_layout()
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
 
-def results_table(rows):
-    lines = [f"{'variant':<22} | {'trainable':>11} | {'CIDEr':>6} | {'BLEU-4':>6} | {'perplexity':>10}"]
-    for r in rows:
-        name = f"xattn, every {r['every']}" if r["fusion"] == "xattn" else r["fusion"]
-        lines.append(f"{name:<22} | {r['trainable']:>11,} | {100 * r['CIDEr']:>6.1f} | {100 * r['Bleu_4']:>6.1f} | {r['perplexity']:>10.2f}")
-    return "\n".join(lines)
+# ----------------------------------------------------------------------------------------------------------------------
+# a finished run: to go on from, and to caption pictures of your own
+
+
+def load_run(path):
+    """A checkpoint of this script, or of the folder it is in, and the Captioner that it holds, frozen GPT and all."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    checkpoint = load_checkpoint(path)
+    if "gpt_config" not in checkpoint:
+        die(f"{path} is not a checkpoint of train_caption.py")
+    was, writer = checkpoint["settings"], GPT(GPTConfig(**checkpoint["gpt_config"]))
+    model = Captioner(writer, was["fusion"], was["every"], checkpoint["width"], was["n_query"], was["dropout"])
+    load_weights(model, checkpoint["model"], path)
+    return checkpoint, model
+
+
+def read_pictures(named):
+    """Yields (name, picture) for what image= names: files, folders, globs, URLs. One that can't be read ends the run, by its name."""
+    for name in named.split(","):
+        if name.startswith(("http://", "https://")):
+            with tempfile.TemporaryDirectory() as folder:
+                yield name, open_image(download(name, os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:]), tries=3))
+        else:  # a name that stands for nothing is left as it is: the picture that can't be read
+            files = glob.glob(name)
+            if os.path.isdir(name):
+                files = [os.path.join(name, file) for file in os.listdir(name) if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
+            yield from ((file, open_image(file)) for file in sorted(files) or [name])
+
+
+def caption_pictures(named, path, me, temperature, top_k, num, beam, most=40):
+    """Prints num captions of each picture that `named` names, and draws the first 40 beside the checkpoint, which is all that is needed."""
+    pictures = list(read_pictures(named))
+    checkpoint, model = load_run(path)
+    was, tokenizer, model = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"]), model.place(me).eval()
+    eye, titles = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"]).to(me.device), []
+    for start in range(0, len(pictures), 32):
+        batch = pictures[start:start + 32]
+        features = torch.from_numpy(encode(eye, [eye.prepare(picture) for _, picture in batch], me.device)).to(me.device, torch.float32)
+        with me.autocast:
+            tokens = model.generate(features, tokenizer.eot_token, was["max_length"], temperature, top_k, num, beam)
+        said = to_text(tokens, tokenizer)
+        titles += ["\n".join(said[i:i + num]) for i in range(0, len(said), num)]
+        for (name, _), title in zip(batch, titles[start:]):
+            print("\n".join(f"{name}: {caption}" for caption in title.split("\n")), flush=True)
+    target = os.path.join(os.path.dirname(path), "image.png")
+    draw_captions(target, [picture for _, picture in pictures[:most]], titles, columns=min(4, len(pictures)))
+    print(f"drawn in {target}, by {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the care is worth, and how the other scripts are run
+
+
+def race(me, fusion, every, B, compiled, words=16):
+    """
+    Prints images/s of training and of greedy captioning at true size (GPT-2 124M, 50 picture tokens x 768, all random), here and in the
+    plain way to write the same: a .pt file for each picture, fp32, logits of every position, AdamW as it comes, and no cache, so that every
+    word recomputes the words before it and the picture's keys and values. Both take turns on the same batch; medians.
+    """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
+    bos, temporary, kind = 50256, tempfile.TemporaryDirectory(), "bfloat16" if isinstance(me.autocast, torch.autocast) else "float32"
+    folder, features = temporary.name, torch.randn(B, 50, 768)
+    np.save(f"{folder}/features.npy", features.half().numpy())
+    for i in range(B):
+        torch.save(features[i].clone(), f"{folder}/{i}.pt")
+    mapped, lengths = np.load(f"{folder}/features.npy", mmap_mode="r"), (11.5 + 2.5 * torch.randn(B, 1)).round().clip(8, 30)  # tokens, as COCO's
+    idx = torch.randint(0, bos, (B, int(lengths.max())), device=me.device)
+    targets = idx.masked_fill(torch.arange(idx.shape[1]).expand_as(idx).to(me.device) >= lengths.to(me.device), -100)
+    plain, ours = (Captioner(GPT(GPTConfig()), fusion, every, width=768) for _ in range(2))
+    plain, ours = plain.to(me.device), ours.place(me)
+    step_model, optimizers = torch.compile(ours) if compiled else ours, make_optimizers(ours, "adamw", 1e-4, 0.1)
+    adamw = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)
+
+    def load():
+        return torch.stack([torch.load(f"{folder}/{i}.pt") for i in range(B)]).to(me.device)
+
+    def train_plainly():
+        loss = F.cross_entropy(plain.write(idx, plain.look(load())).flatten(0, 1), targets.flatten())
+        loss.backward()
+        take_step(plain, [adamw], 1e-4, 1.0)
+        return loss.item()  # waits for the device
+
+    def train():
+        with me.autocast:
+            loss = step_model(idx, gather(mapped, np.arange(B), me.device), targets) / (targets >= 0).sum()
+        loss.backward()
+        take_step(ours, optimizers, 1e-4, 1.0)
+        return loss.item()
+
+    @torch.no_grad()
+    def caption_plainly():
+        loaded, said = load(), torch.full((B, 1), bos, device=me.device)
+        for _ in range(words):
+            said = torch.cat([said, plain.write(said, plain.look(loaded))[:, -1:].argmax(-1)], 1)
+        return said.tolist()
+
+    def caption():
+        with me.autocast:
+            return ours.generate(gather(mapped, np.arange(B), me.device), bos, words).tolist()
+
+    print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads\n"
+          f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
+    for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
+        slow, fast = np.median([[timeit.timeit(way, number=1) for way in ways] for _ in range(4)][1:], axis=0)  # the first round warms up
+        print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}" +
+              (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
 
 
 def run(script, *words):
@@ -351,42 +582,37 @@ def run(script, *words):
 
 if __name__ == "__main__":
     config = configure(globals())
-    preset = {}
-    if data is None:
-        preset = dict(data="data/coco2017") if image or os.path.isdir("data/coco2017") else SHAPES_PRESET
-        config = configure(globals(), preset)
-    builtin = preset is SHAPES_PRESET
     if fusion not in ("xattn", "linear", "qformer", "all"):
         die(f"fusion={fusion}: xattn, linear, qformer or all")
-    if every < 1 or top_k is not None and top_k < 1:
-        die(f"every={every}, top_k={top_k}: 1 or more")
+    if min(every, beam, num, 1 if top_k is None else top_k) < 1 or samples < 2:
+        die(f"every={every}, beam={beam}, num={num}, top_k={top_k}: 1 or more; samples={samples}: 2 or more")
+    if num > beam and (beam > 1 or temperature == 0):
+        die(f"num={num} different captions of a picture need a temperature above 0, or a beam at least as wide")
     if eval_only and init_from != "resume":
         die("eval_only=True evaluates a trained bridge: add init_from=resume")
-    rank, world, device, autocast = me = setup(device, dtype)
-    t_start = time.time()
-
-    if image:  # caption pictures with a trained run; the checkpoint carries all that there is to know about it
+    if scst and init_from == "scratch":
+        die("scst=True goes on from a bridge that can speak: init_from=out/... names the run that trained it")
+    me, t_start = setup(device, dtype), time.time()
+    if bench:
+        race(me, "xattn" if fusion == "all" else fusion, every, batch_size if "cuda" in me.device else 16, "cuda" in me.device if compile is None else compile)
+        sys.exit(0)
+    if image:
         runs = sorted((run for run in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in run), key=os.path.getmtime)
-        path = os.path.join(out_dir, "ckpt.pt") if out_dir else runs[-1] if runs else die("image= needs a trained run: `python train_caption.py` trains one")
-        pictures = [open_image(file) for file in image.split(",")]
-        checkpoint = load_checkpoint(path)
-        if "gpt_config" not in checkpoint:
-            die(f"{path} is not a checkpoint of train_caption.py")
-        was, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
-        eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"])
-        model = Captioner(GPT(GPTConfig(**checkpoint["gpt_config"])), was["fusion"], was["every"], checkpoint["width"], was["n_query"])
-        load_weights(model, checkpoint["model"], path)
-        model.to(device).eval()
+        if not (runs or out_dir):
+            die("image= needs a trained run: `python train_caption.py` trains one")
         torch.manual_seed(seed)
-        features = torch.from_numpy(encode(eye.to(device), [eye.prepare(picture) for picture in pictures], device)).to(device, torch.float32)
-        captions = to_text(model.generate(features, tokenizer.eot_token, was["max_length"], temperature, top_k), tokenizer)
-        for file, said in zip(image.split(","), captions):
-            print(f"{file}: {said}")
-        target = os.path.join(os.path.dirname(path), "image.png")
-        draw_captions(target, pictures, captions, columns=min(4, len(pictures)))
-        print(f"drawn in {target}, by {path}")
+        caption_pictures(str(image), os.path.join(out_dir, "ckpt.pt") if out_dir else runs[-1], me, temperature, top_k, num, beam)
         sys.exit(0)
 
+    # between the defaults and the command line stands what the run was given that this one starts from, or what suits the bridge and the data
+    preset = dict(PREFIX_RECIPE) if fusion in ("linear", "qformer") else {}
+    if init_from not in ("scratch", "resume"):
+        preset = {k: v for k, v in load_run(init_from)[0]["settings"].items() if k in INHERITED}
+    elif data is None:
+        preset |= dict(data="data/coco2017") if os.path.isdir("data/coco2017") else SHAPES_PRESET
+    config = configure(globals(), preset)
+    rank, world, device, autocast = me
+    builtin = SHAPES_PRESET.items() <= preset.items()
     if builtin and rank == 0:
         print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
               "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
@@ -404,63 +630,70 @@ if __name__ == "__main__":
     if fusion == "all":
         if world > 1:
             die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun")
-        folder, rows = out_dir or f"out/caption_{name}_all", []
+        folder, rows, curves = out_dir or f"out/caption_{name}_all", [], {"perplexity": {}, "CIDEr": {}}
         for kind, n in VARIANTS:
             mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
-            settings = config | dict(fusion=kind, every=n, out_dir=mine)
-            run("train_caption.py", *(f"{k}={v}" for k, v in settings.items() if v is not None))
-            rows.append(json.load(open(f"{mine}/results.json")) | dict(log=f"{mine}/log.csv"))
+            run("train_caption.py", *(f"{k}={v}" for k, v in preset.items()), *sys.argv[1:], f"fusion={kind}", f"every={n}", f"out_dir={mine}")
+            rows.append(json.load(open(f"{mine}/results.json")))
+            seen = [row | dict(step=row["step"] * rows[-1]["settings"]["batch_size"]) for row in read_log(f"{mine}/log.csv")]
+            for column in curves:
+                curves[column][variant(rows[-1])] = curve(seen, column)
         save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
-        label = {r["log"]: f"xattn every {r['every']}" if r["fusion"] == "xattn" else r["fusion"] for r in rows}
-        logs = {r["log"]: read_log(r["log"]) for r in rows}
-        plot(f"{folder}/comparison.png", {
-            "perplexity, val2017": {label[k]: curve(log, "perplexity") for k, log in logs.items()},
-            "CIDEr x 100, val2017": {label[k]: curve(log, "CIDEr", 100) for k, log in logs.items()}})
-        print(f"\n{results_table(rows)}\n\nthe table: {folder}/results.json, the curves: {folder}/comparison.png, {time.time() - t_start:.0f} s in all")
+        plot(f"{folder}/comparison.png", {f"{column}, val2017": lines for column, lines in curves.items()}, xlabel="training captions seen")
+        print(f"\n{scores_table({variant(r): r for r in rows})}\n\n{'':<24}  trainable  perplexity  with a wrong picture  captions seen")
+        for r in rows:
+            print(f"{variant(r):<24}{r['trainable']:>11,}{r['perplexity']:>12.2f}{r['perplexity_wrong_picture']:>22.2f}"
+                  f"{r['step'] * r['settings']['batch_size']:>15,}")
+        print(f"\nthe tables: {folder}/results.json, the curves: {folder}/comparison.png, {time.time() - t_start:.0f} s in all")
         sys.exit(0)
 
     # ---- pictures, captions, and the frozen two
-    out_dir = out_dir or f"out/caption_{name}_{fusion}{every if fusion == 'xattn' else ''}{'_shuffled' if shuffle else ''}"
+    out_dir = out_dir or f"out/caption_{name}_{fusion}{every if fusion == 'xattn' else ''}{'_shuffled' if shuffle else ''}{'_scst' if scst else ''}"
+    path = os.path.join(out_dir, "ckpt.pt")
     if rank == 0:
         show(config | dict(out_dir=out_dir))
         os.makedirs(out_dir, exist_ok=True)
     (_, train_said), (images, references) = load_captions(data, "train2017"), load_captions(data, "val2017")
     train_features, about = load_features(data, encoder, "train2017", len(train_said))
     val_features, _ = load_features(data, encoder, "val2017", len(images))
+    S, W = train_features.shape[1:]
     if shuffle:
         train_features, val_features = (np.random.default_rng(seed).permutation(f) for f in (train_features, val_features))
     if "cuda" in device and train_features.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:  # COCO's 9 GB fit on most GPUs: no loader needed
         train_features = torch.from_numpy(train_features[:]).to(device)
 
-    path = os.path.join(out_dir, "ckpt.pt")
-    checkpoint = load_checkpoint(path) if init_from == "resume" else None
-    if gpt.endswith(".pt"):  # our own checkpoints carry their tokenizer; everything else is GPT-2's
-        tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2")
+    torch.manual_seed(seed)
+    step, source = 0, path if init_from == "resume" else init_from
+    if source == "scratch":
+        with rank_zero_first(me):
+            writer = GPT.from_pretrained(gpt)
+        tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2") if gpt.endswith(".pt") else "gpt2"  # others' weights are all in GPT-2's
+        model = Captioner(writer, fusion, every, W, n_query, dropout)
     else:
-        tokenizer_source = "gpt2"
-    tokenizer = get_tokenizer(tokenizer_source)
-    with rank_zero_first(me):
-        writer = GPT.from_pretrained(gpt)
-    if writer.config.vocab_size != tokenizer.n_vocab:
-        die(f"gpt={gpt} has {writer.config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our own checkpoints")
-    max_length = min(max_length, writer.config.block_size - 1)
-    train_captions = TokenizedCaptions(train_said, tokenizer, max_length)
-    val_captions = TokenizedCaptions(references, tokenizer, max_length)
+        checkpoint, model = load_run(source)
+        tokenizer_source, was = checkpoint["tokenizer"], checkpoint["settings"] | dict(width=checkpoint["width"])
+        if other := [k for k, v in dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W).items() if was[k] != v]:
+            die(f"{source} was trained with {', '.join(f'{k}={was[k]}' for k in other)}: go on with the same")
+    gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
+    if gpt_config.vocab_size != tokenizer.n_vocab:
+        die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our own checkpoints")
+    max_length = min(max_length, gpt_config.block_size - 1)
+    train_captions, val_captions = (TokenizedCaptions(said, tokenizer, max_length) for said in (train_said, references))
     if (cut := train_captions.cut + val_captions.cut) and rank == 0:
         print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
+    if scst:
+        flat = iter(tokenize([caption for all_said in train_said for caption in all_said]))
+        train_words = [[next(flat) + [END] for _ in all_said] for all_said in train_said]
+        df = document_frequencies(train_words)
 
     # ---- the bridge
-    torch.manual_seed(seed)
-    model = Captioner(writer, fusion, every, train_features.shape[-1], n_query, dropout).to(device)
+    model.place(me)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + about.get("parameters", 0)
-    optimizers, step = make_optimizers(model, optimizer, learning_rate, weight_decay), 0
-    if checkpoint:
-        load_weights(model, checkpoint["model"], path)
+    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (0.9, beta2))
+    if init_from == "resume":
         resume_optimizers(optimizers, checkpoint, path)
         step = checkpoint["step"]
-    elif init_from != "scratch":
-        die(f"init_from={init_from}: scratch or resume (gpt= says which GPT to build on)")
     # `step_model` is what trains; `model`, the same weights uncompiled, evaluates, writes captions and is saved
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
@@ -469,9 +702,10 @@ if __name__ == "__main__":
         die(f"batch_size={batch_size} pictures can't be shared out evenly over {world} processes")
     gates = {f"{kind}_{layer}": getattr(block, kind) for kind in ("attn_gate", "mlp_gate") for layer, block in model.gated.items()}
     if rank == 0:
-        print(f"{len(train_said):,} pictures to train on, {len(images):,} held out, {train_features.shape[1]} tokens x {train_features.shape[2]} each | "
+        print(f"{len(train_said):,} pictures to train on, {len(images):,} held out, {S} tokens x {W} each | "
               f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world} process(es) on {device}", flush=True)
-        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "CIDEr", "lr", "norm", "ms", *gates], math.inf if eval_only else step)
+        columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates]
+        log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step)
         if wandb_log:
             import wandb
             wandb.init(project="nanocaption", name=os.path.basename(out_dir), config=config)
@@ -485,79 +719,95 @@ if __name__ == "__main__":
             said = caption_split(model, val_features, tokenizer, max_length, me)
             scores, _ = score(said, references)
             row |= dict(perplexity=perplexity(model, val_features, val_captions, me), CIDEr=scores["CIDEr"])
-            model.train()
+            model.train(not scst)  # with dropout, scst's log-probabilities would be of another model than the one that spoke
             if rank == 0:
                 print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | CIDEr {100 * row['CIDEr']:.1f} | "
                       f"\"{said[0]}\"", flush=True)
                 if step > first_step:
-                    save_checkpoint(path, dict(model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config | dict(max_length=max_length),
-                                               gpt_config=asdict(writer.config), width=train_features.shape[-1], tokenizer=tokenizer_source, pretrained=about.get("pretrained"),
-                                               tagger=load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None))
+                    save_checkpoint(path, dict(
+                        model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step,
+                        settings=config | dict(max_length=max_length), gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source,
+                        pretrained=about.get("pretrained"),
+                        tagger=load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None))
         if step >= max_steps or eval_only:
             break
 
         # ---- one step
         t1 = time.time()
         reseed(seed, step, rank)
-        which, chosen = training_batch(step, batch_size, train_captions, seed)
-        idx, targets = train_captions.batch(chosen[rank::world], device)
+        which, chosen = (numbers[rank::world] for numbers in training_batch(step, batch_size, train_captions, seed))
+        features, owner, weight, reward = gather(train_features, which, device), None, None, None
+        if scst:
+            with autocast:  # one of its own: the bfloat16 weights that autocast remembers from here have no gradient
+                own_words = [train_words[i] for i in which]
+                idx, targets, owner, weight, reward = self_critical(model, features, own_words, df, tokenizer, max_length, samples)
+        else:
+            idx, targets = train_captions.batch(chosen, device)
         n_tokens, = sum_over(me, (targets >= 0).sum().item())
         with autocast:  # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world` times
-            loss = step_model(idx, gather(train_features, which[rank::world], device), targets) * (world / n_tokens)
+            loss = step_model(idx, features, targets, owner, weight) * (world / n_tokens)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
         norm = take_step(model, optimizers, lr, grad_clip)
-        loss, = sum_over(me, loss.item() / world)
+        loss, reward = (None if value is None else sum_over(me, value / world)[0] for value in (loss.item(), reward))
         if rank == 0:
-            row |= dict(loss=loss, lr=lr, norm=float(norm), ms=(time.time() - t1) * 1000) | {k: gate.tanh().item() for k, gate in gates.items()}
+            row |= dict(loss=loss, reward=reward, lr=lr, norm=float(norm), ms=(time.time() - t1) * 1000)
+            row |= {k: gate.tanh().item() for k, gate in gates.items()}
             log.add(**row)
             if wandb_log:
-                wandb.log(row, step=step)
+                wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
             if step % log_interval == 0 or step == max_steps - 1:
                 left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
-                print(f"step {step:5d}/{max_steps} | loss {loss:.4f} | norm {float(norm):.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | "
+                aim = f"CIDEr of samples {100 * reward:.1f}" if scst else f"loss {loss:.4f}"
+                print(f"step {step:5d}/{max_steps} | {aim} | norm {float(norm):.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | "
                       f"{batch_size / row['ms'] * 1000:,.0f} images/s | {left / 60:.1f} min left", flush=True)
         step += 1
 
     # ---- what came of it
     model.eval()
     without, wrong = (perplexity(model, val_features, val_captions, me, sight) for sight in ("none", "wrong"))
+    table = {"greedy": scores}
+    if single_reference:
+        table["greedy, one reference"] = published_protocol(said, references, seed)
+    if beam > 1:
+        said = caption_split(model, val_features, tokenizer, max_length, me, beam)
+        table[f"beam={beam}"] = scores = score(said, references)[0]
     if rank == 0:
         right = share_right(images, said)
-        results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores, perplexity_wrong_picture=wrong,
-                       perplexity_no_picture=without, right=right, step=step, settings=config)
+        results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores,
+                       perplexity_wrong_picture=wrong, perplexity_no_picture=without, right=right, step=step, scores=table, settings=config)
         coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
         for file, content in (("results.json", results), ("captions_val2017.json", coco_results)):
             save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))
 
         if not eval_only:
             log.add(**row)
-        panels = {"loss (nats a token)": {"train": curve(log.rows, "loss")}, "perplexity, val2017": {"": curve(log.rows, "perplexity")},
-                  "CIDEr x 100, val2017": {"": curve(log.rows, "CIDEr", 100)}}
-        for kind, title in (("attn_gate", "tanh(gate) of the attention, by layer"), ("mlp_gate", "tanh(gate) of the MLP, by layer")):
-            if model.gated:
-                panels[title] = {f"layer {layer}": curve(log.rows, f"{kind}_{layer}") for layer in model.gated}
-        plot(os.path.join(out_dir, "curves.png"), panels)
+        seen = [row | dict(step=row["step"] * batch_size) for row in log.rows]  # by captions seen, runs of different batch sizes compare
+        panels = {"CIDEr x 100 of samples" if scst else "loss (nats a token)": {"": curve(seen, "reward", 100) if scst else curve(seen, "loss")},
+                  "perplexity, val2017": {"": curve(seen, "perplexity")}, "CIDEr x 100, val2017": {"": curve(seen, "CIDEr", 100)}}
+        for kind, of in (("attn_gate", "attention"), ("mlp_gate", "MLP")) if gates else ():
+            panels[f"tanh(gate) of the {of}, by layer"] = {f"layer {layer}": curve(seen, f"{kind}_{layer}") for layer in model.gated}
+        plot(os.path.join(out_dir, "curves.png"), panels, xlabel="training captions seen")
         files = [os.path.join(data, "val2017", image["file_name"]) for image in images[:12]]
-        drawn = [open_image(file) for file in files if os.path.exists(file)]
-        if len(drawn) == len(files):  # features may be here without their pictures
+        if all(map(os.path.exists, files)):  # features may be here without their pictures
+            drawn = [open_image(file) for file in files]
             draw_captions(os.path.join(out_dir, "captions.png"), drawn, [f"{s}\n({r[0].strip()})" for s, r in zip(said, references)])
-            if model.gated:
+            if gates:
+                if about and encoder not in ("tagger", "patches"):  # open_clip's towers see the middle, ours the whole picture
+                    drawn = [ImageOps.fit(picture, (224, 224)) for picture in drawn]
                 with autocast:
                     draw_attention(os.path.join(out_dir, "attention.png"), model, gather(val_features, np.arange(min(3, len(images))), device),
-                                   [picture if encoder in ("tagger", "patches") else ImageOps.fit(picture, (224, 224)) for picture in drawn],  # CLIP sees the middle
-                                   tokenizer, max_length)
+                                   drawn, tokenizer, max_length)
 
         print("\ncaptions of pictures it was not trained on, and what a person said:")
         for caption, refs in list(zip(said, references))[:10]:
             print(f"  {caption:<62} | {refs[0].strip()}")
-        print(f"\nfusion                     {fusion}" + (f", every {every}" if fusion == "xattn" else "") + (", features shuffled between pictures" if shuffle else ""))
+        print(f"\n{scores_table(table)}\n\nfusion                     {variant(results)}" + (", features shuffled between pictures" if shuffle else ""))
         print(f"trainable parameters       {trainable:,} ({trainable / total:.1%} of {total:,})")
         print(f"perplexity                 {row['perplexity']:.3f}   (the language model alone {without:.3f}, with a wrong picture {wrong:.3f})")
-        print(f"CIDEr x 100                {100 * scores['CIDEr']:.1f}\nBLEU-4 x 100               {100 * scores['Bleu_4']:.1f}")
         if right is not None:
             print(f"captions entirely right    {right:.1%} of {len(images)} held-out scenes (every size, colour, shape and place)")
-        print(f"look at                    {out_dir}/captions.png, curves.png" + (", attention.png" if model.gated else ""))
+        print(f"look at                    {out_dir}/captions.png, curves.png" + (", attention.png" if gates else ""))
         print(f"time                       {time.time() - t_start:.0f} s")
     if world > 1:
         dist.barrier()  # rank 0 draws a little longer; who leaves early may take the others down

@@ -649,7 +649,7 @@ def pyplot():
     return plt
 
 
-def plot(path, panels):
+def plot(path, panels, xlabel="step"):
     """Draws panels, three in a row: panels = {title: {label: (xs, ys)}}."""
     plt = pyplot()
     columns = min(3, len(panels))
@@ -661,7 +661,7 @@ def plot(path, panels):
         for label, (xs, ys) in curves.items():
             ax.plot(xs, ys, label=label, marker="o" if len(xs) < 12 else None, markersize=3)
         ax.set_title(title)
-        ax.set_xlabel("step")
+        ax.set_xlabel(xlabel)
         ax.grid(alpha=0.3)
         if len(curves) > 1:
             ax.legend(fontsize=8)
