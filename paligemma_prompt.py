@@ -1,62 +1,65 @@
 """
-What a prompt can do: PaliGemma in plain PyTorch, and the cheapest ways to adapt it to captions of another kind, inside 16 GB.
+What a prompt can do: PaliGemma in plain PyTorch, and the cheapest ways to make it write captions of another kind, inside 16 GB.
 
-    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, in four minutes
-    python coco.py data=data/risc risc_csv=captions.csv          # aerial pictures with captions, in COCO's layout
-    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc prompt=soft place=after_image    # one GPU
-    torchrun --standalone --nproc_per_node=8 paligemma_prompt.py paligemma=... data=data/risc prompt=soft batch_size=64      # eight
-    python paligemma_prompt.py paligemma=... data=data/risc compare=True         # hard, soft at each place, LoRA: one table
+    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, a few minutes on a laptop
+    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc prompt=soft place=after_image    # one GPU with 8 GB
+    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc compare=True    # seven ways, one table
     python paligemma_prompt.py stack=True siglip=google/siglip-so400m-patch14-224 gemma=google/gemma-2b data=data/risc train=lora
-    python paligemma_prompt.py init_from=out/prompt_risc_soft/adapter.safetensors image=a.jpg      # caption with what was learned
-    python paligemma_prompt.py memory=True                       # what each of these needs on a GPU, at full size
+    python paligemma_prompt.py init_from=out/prompt_risc_soft_after_image/adapter.safetensors image=a.jpg,b.png
+    python paligemma_prompt.py memory=True                       # what one step of each way takes at full size
 
-PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) reads a picture as 256 tokens of a SigLIP tower, through one matrix, and
-writes with Gemma. Its input is one row of vectors, and who sees whom (x) in it is neither GPT's triangle nor BERT's square:
+PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) reads a picture as 256 tokens of a SigLIP tower, through one matrix, and writes
+with Gemma, whose input is a row of vectors. Who sees whom (x) in it is neither GPT's triangle nor BERT's square:
 
-                      picture        bos  caption en \n     a   red  roof        The prefix, picture and prompt, is known before
-      picture      x  x  x  x  x     x    x       x  x      .   .    .           anything is written: all of it sees all of it. The
-      bos          x  x  x  x  x     x    x       x  x      .   .    .           suffix is written word by word: each word sees the
-      caption en   x  x  x  x  x     x    x       x  x      .   .    .           prefix and what was written. The last token of the
-      \n           x  x  x  x  x     x    x       x  x      .   .    .   -> a    prefix predicts the first word; only the suffix and
-      a            x  x  x  x  x     x    x       x  x      x   .    .   -> red  its end are in the loss. A mask of ones would leak
-      red          x  x  x  x  x     x    x       x  x      x   x    .   -> roof the answer, a triangle would blind the picture's first
-      roof         x  x  x  x  x     x    x       x  x      x   x    x   -> eos  patches to the rest of it and to the question.
+                     picture     bos  caption en \n   a   red  roof          The prefix, picture and prompt, is there before anything is
+        picture      x  x  x  x   x       x        x  .    .    .            written: all of it sees all of it. The suffix is written word
+        bos          x  x  x  x   x       x        x  .    .    .            by word: each sees the prefix and what was written so far. The
+        caption en   x  x  x  x   x       x        x  .    .    .            prefix's last token predicts the first word, and only the suffix
+        \n           x  x  x  x   x       x        x  .    .    .   -> a     and its end are in the loss. Ones everywhere would leak the
+        a            x  x  x  x   x       x        x  x    .    .   -> red   answer; a triangle would hide the question from the picture, and
+        red          x  x  x  x   x       x        x  x    x    .   -> roof  the picture's lower half from its upper.
+        roof         x  x  x  x   x       x        x  x    x    x   -> eos
 
-A hard prompt is words; a soft one (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is ten vectors that were never words, found by
-gradient descent while all else stays frozen. Gemma multiplies the rows of its table by sqrt(2048) = 45 before layer 0, and a soft prompt
-enters behind that multiplication: it must be born at that size, as copies of scaled words. Ten raw rows would whisper beside shouting
-neighbours, and Adam at 1e-2 a step would need thousands of steps to be heard. Where do they go? place= has four answers:
+A hard prompt is words. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is vectors that never were words: ten of them are
+trained, 20,480 numbers, all else is frozen. Rows of Gemma's table have length about 1 and are multiplied by sqrt(2048) = 45 on their way to
+layer 0. A soft prompt enters behind that multiplication, so it is born as copies of words at that size: raw rows would whisper among shouting
+neighbours, and learning at 0.01 a step would be long in making them heard. (The picture's tokens are not multiplied: their matrix was trained
+to the right size.) Where the ten enter is place=:
 
-      before_image [soft] picture bos caption en \n       after_bos      picture bos [soft] caption en \n
-      after_image  picture [soft] bos caption en \n       before_suffix  picture bos caption en \n [soft]
+        before_image  [soft] picture bos caption en \n        after_bos      picture bos [soft] caption en \n
+        after_image   picture [soft] bos caption en \n        before_suffix  picture bos caption en \n [soft]
 
-Writes out_dir/{adapter.safetensors, log.csv, results.json, captions_{split}.json, curves.png, captions.png}. The adapter holds what was
-trained and nothing else: 80 kB for ten vectors of 2048.
+Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{split}.json, curves.png, captions.png}. The adapter is what was
+trained and no more, 80 kB for a soft prompt, and knows which model it belongs to.
 """
+import glob
 import json
 import math
 import os
 import re
+import resource
 import sys
 import time
 import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
+import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageChops
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fineweb import configure, die, download, hub, save_atomically, show
-from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, plot, rank_zero_first, read_log, reseed, resume_optimizers,
-                        save_checkpoint, setup, sum_over, take_step)
+from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, plot, pyplot, read_log, resume_optimizers,
+                        save_checkpoint, setup, take_step)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image
 from train_caption import TokenizedCaptions, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
@@ -64,112 +67,92 @@ from train_caption import TokenizedCaptions, caption_split, draw_captions, gathe
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
 
-paligemma = None            # the frozen model: hub name[@revision], folder, .safetensors, big_vision's .npz, or "small", a random one; None = the built-in road
-tokenizer = None            # SentencePiece file; None = tokenizer.model beside the weights
-data = None                 # a folder in COCO's layout
-out_dir = None              # where the run goes; None = out/prompt_{data}_{what is trained}
-init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter.safetensors
+paligemma = None            # the model: hub name[@revision], folder, .safetensors, big_vision's .npz, "small" = a random one; None = the built-in road
+tokenizer = None            # a SentencePiece file; None = tokenizer.model beside the weights
+data = None                 # a folder in COCO's layout (coco.py makes one of RISC's csv and of Karpathy's json); several, a,b: one a step, in turn
+out_dir = None              # where the run goes; None = out/prompt_{data}_{way to adapt}
+init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter.safetensors, with all its settings
 eval_only = False           # evaluate, train nothing
-prompt = "hard"             # hard, words alone; soft, learned vectors beside them
-words = "caption en"        # the hard prompt
-n_soft = 10                 # vectors of the soft prompt
+prompt = "hard"             # hard: words; soft: learned vectors beside them
+words = "caption en"        # the words; several, a,b,c: one a step, in turn; the first is what the model is judged with
+n_soft = 10                 # how many learned vectors
 place = "after_image"       # where they go: before_image, after_image, after_bos, before_suffix
-order = "image,bos,prompt"  # the prefix: its pieces, in any order
-train = "none"              # of Gemma: none, attention (its matrices, fp32), lora, or all (SigLIP too)
-lora_rank = 8               # of the helpers beside each of Gemma's seven matrices a layer
-stack = False               # SigLIP and Gemma from checkpoints of their own, with a fresh projector between them, trained
-siglip = None               # stack: where SigLIP comes from
-gemma = None                # stack: where Gemma and its tokenizer come from
-compare = False             # hard, hard + attention, soft at each place, hard + LoRA at equal steps: a table and a plot
-memory = False              # report the memory that one step takes at full size, for each way to train
-image = None                # caption these pictures (a,b,...) instead of training
+order = "image,bos,prompt"  # the other pieces of the prefix, in any order
+train = "none"              # of Gemma: none; attention, its matrices; lora; all, and SigLIP too
+lora_rank = 8               # of the two thin matrices beside each of a layer's seven
+stack = False               # build the model: SigLIP, a fresh and trained projector, Gemma
+siglip = None               # for stack: where SigLIP comes from
+gemma = None                # for stack: where Gemma and its tokenizer come from
+compare = False             # zero-shot, attention, soft at each place, LoRA at equal steps: a table and a plot
+memory = False              # only report what one step of each way takes at full size
+image = None                # caption these pictures (a,b,...) with init_from's adapter, the newest by default
 batch_size = 8              # pictures a step, over all processes; each with one of its captions, drawn anew each epoch
 max_length = 64             # longest caption, in tokens; the rest is cut, counted and said
-optimizer = None            # adamw, muon, sgd; None = sgd for train=attention, as in Google's notebook (two fp32 copies less), else adamw
-learning_rate = None        # None = what RATES says for what is trained
+optimizer = None            # adamw, muon, sgd; None = sgd for train=attention, which spares two fp32 copies (as Google's notebook), else adamw
+learning_rate = None        # the peak; None = RATES below
 min_lr = 0.0                # where the cosine ends
 warmup_steps = 10
 max_steps = 500
 grad_clip = 1.0
-eval_interval = 100         # steps between evaluations, each followed by a checkpoint
-log_interval = 10           # steps between printed lines
-recompute = None            # keep only each layer's input for the backward pass and compute the rest again; None = above 1e9 parameters
+eval_interval = 100         # steps between looks at held-out pictures, each followed by a checkpoint
+log_interval = 20           # steps between printed lines
+recompute = None            # keep only each layer's input for the backward pass and compute the rest again; None = for models above 1e9 parameters
 seed = 1337
 device = None               # cuda, cpu, mps; None takes the best there is
-dtype = None                # of what is frozen: bfloat16 or float32; None = bfloat16 on CUDA. What is trained is fp32 always
+dtype = None                # of what is frozen: bfloat16 or float32; None = bfloat16 on CUDA. What is trained is float32
 wandb_log = False           # mirror the log to Weights & Biases
 
 PLACES = ("before_image", "after_image", "after_bos", "before_suffix")
-RATES = dict(soft=1e-2, attention=0.03, lora=2e-4, stack=5e-4, all=1e-5)
-VARIANTS = (("hard, zero-shot", "prompt=hard train=none"), ("hard + attention", "prompt=hard train=attention"),
-            *((f"soft, {place}", f"prompt=soft train=none place={place}") for place in PLACES), ("hard + LoRA", "prompt=hard train=lora"))
+WAYS = {"hard, zero-shot": dict(prompt="hard", train="none"), "hard + attention": dict(prompt="hard", train="attention"),
+        **{f"soft, {place}": dict(prompt="soft", train="none", place=place) for place in PLACES}, "hard + LoRA": dict(prompt="hard", train="lora")}
+RATES = dict(soft=(1e-2, 1e-2), attention=(0.03, 3e-3), lora=(2e-4, 2e-3), stack=(5e-4, 2e-3), all=(1e-5, 8e-3))  # for PaliGemma, for the small one
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the model, with Hugging Face's parameter names. B pictures; N image tokens; P tokens of the prefix, image and all; T of everything;
-# S = cached + new; D = n_embd; H query heads, G key/value heads, E = head_dim; V words
+# the model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the prefix, T of all, S = cached + T; D = n_embd;
+# H query heads, G key heads, E = head_dim. `c` is one of these, as a namespace; v_ is the vision tower's
 
-
-@dataclass
-class Config:
-    """The defaults are PaliGemma 3B at 224 px. v_ is the vision tower's."""
-    image_size: int = 224
-    patch_size: int = 14
-    v_layer: int = 27
-    v_head: int = 16
-    v_embd: int = 1152
-    v_mlp: int = 4304
-    n_layer: int = 18
-    n_head: int = 8
-    n_kv_head: int = 1
-    head_dim: int = 256
-    n_embd: int = 2048
-    n_mlp: int = 16384
-    vocab_size: int = 257_152
-    query_scale: float = 256 ** -0.5
-    gemma2: bool = False          # PaliGemma 2: norms after attention and MLP too, and soft caps
-    attn_softcap: float | None = None
-    final_softcap: float | None = None
-    rope_theta: float = 10_000.0
-    eps: float = 1e-6
+FULL = dict(image_size=224, patch_size=14, v_layer=27, v_head=16, v_embd=1152, v_mlp=4304, n_layer=18, n_head=8, n_kv_head=1, head_dim=256, n_embd=2048,
+            n_mlp=16384, vocab_size=257_152, query_scale=1 / 16, gemma2=False, attn_softcap=None, final_softcap=None, rope_theta=10_000.0, eps=1e-6)
+SMALL = FULL | dict(image_size=64, patch_size=16, v_layer=3, v_head=4, v_embd=128, v_mlp=256, n_layer=4, n_head=4, head_dim=32, n_embd=128, n_mlp=384,
+                    vocab_size=480, query_scale=32 ** -0.5)
 
 
 class SigLIPLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_head = c.v_head
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(c.v_embd, c.eps), nn.LayerNorm(c.v_embd, c.eps)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(c.v_embd, c.v_embd) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(c.v_embd, c.v_mlp), fc2=nn.Linear(c.v_mlp, c.v_embd)))
+        self.n_head, W = c.v_head, c.v_embd
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(W, 1e-6), nn.LayerNorm(W, 1e-6)
+        self.self_attn = nn.ModuleDict({name: nn.Linear(W, W) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(W, c.v_mlp), fc2=nn.Linear(c.v_mlp, W)))
 
     def forward(self, x):
-        h = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))  # (B, heads, N, ...)
-        x = x + self.self_attn.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        h, a = self.layer_norm1(x), self.self_attn
+        q, k, v = (matrix(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))  # (B, heads, N, W / heads)
+        x = x + a.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class SigLIP(nn.Module):
-    """A ViT without a class token: all patches leave, after the final norm (Zhai et al. 2023)."""
+    """A ViT without a class token (Zhai et al. 2023): pictures (B, 3, size, size) in [-1, 1] -> all patches (B, N, v_embd), after the final norm."""
 
     def __init__(self, c):
         super().__init__()
         self.embeddings = nn.ModuleDict(dict(patch_embedding=nn.Conv2d(3, c.v_embd, c.patch_size, c.patch_size),
                                              position_embedding=nn.Embedding((c.image_size // c.patch_size) ** 2, c.v_embd)))
         self.encoder = nn.ModuleDict(dict(layers=nn.ModuleList([SigLIPLayer(c) for _ in range(c.v_layer)])))
-        self.post_layernorm = nn.LayerNorm(c.v_embd, c.eps)
+        self.post_layernorm = nn.LayerNorm(c.v_embd, 1e-6)
 
     def forward(self, pixels):
-        """(B, 3, size, size) in [-1, 1] -> (B, N, v_embd)."""
-        patch, position = self.embeddings.patch_embedding, self.embeddings.position_embedding.weight
-        x = patch(pixels.to(position.dtype)).flatten(2).mT + position  # (B, v_embd, rows, columns) -> (B, N, v_embd)
+        positions = self.embeddings.position_embedding.weight
+        x = self.embeddings.patch_embedding(pixels.to(positions.dtype)).flatten(2).mT + positions  # (B, W, rows, columns) -> (B, N, W)
         for layer in self.encoder.layers:
             x = layer(x)
         return self.post_layernorm(x)
 
 
 class RMSNorm(nn.Module):
-    """In fp32 whatever comes, times (1 + weight): a weight of zero is the identity, not silence."""
+    """In fp32 whatever comes, times 1 + weight: weights are stored as what they differ from one."""
 
     def __init__(self, n, eps):
         super().__init__()
@@ -181,24 +164,19 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Frozen in bfloat16, or trained in fp32 and cast for the matmul, or frozen with a trained low-rank helper (LoRA, Hu et al. 2021)."""
-
-    def __init__(self, n_in, n_out, bias=False):
-        super().__init__(n_in, n_out, bias)
-        self.register_parameter("lora_a", None)
-        self.register_parameter("lora_b", None)
+    """Frozen in bfloat16; or trained, in fp32, and cast for each matmul; or frozen beside two thin trained matrices (LoRA, Hu et al. 2021)."""
 
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if self.lora_a is None:
+        if not hasattr(self, "lora_a"):
             return y
         return y + 2 * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))  # 2 = alpha / rank
 
 
 def rotate(x, start, theta):
-    """RoPE (Su et al. 2021): turns x (B, heads, T, E), at positions start, start + 1, ..., pairing entry e with e + E/2."""
+    """RoPE (Su et al. 2021): turns x (B, heads, T, E), at positions start, start + 1, ...; entry e is paired with e + E/2, not with its neighbour."""
     T, E = x.shape[2:]
-    frequency = theta ** (-torch.arange(0, E, 2, device=x.device) / E)  # (E/2,)
+    frequency = theta ** (-torch.arange(0, E, 2, device=x.device) / E)
     angle = torch.arange(start, start + T, device=x.device)[:, None] * frequency  # (T, E/2)
     cos, sin, (a, b) = angle.cos(), angle.sin(), x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
@@ -208,38 +186,39 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c = c
-        D, q, kv = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        self.self_attn = nn.ModuleDict(dict(q_proj=Linear(D, q), k_proj=Linear(D, kv), v_proj=Linear(D, kv), o_proj=Linear(q, D)))
-        self.mlp = nn.ModuleDict(dict(gate_proj=Linear(D, c.n_mlp), up_proj=Linear(D, c.n_mlp), down_proj=Linear(c.n_mlp, D)))
+        self.c, D, q, kv = c, c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        self.self_attn = nn.ModuleDict({name: Linear(n_in, n_out, bias=False) for name, n_in, n_out in
+                                        (("q_proj", D, q), ("k_proj", D, kv), ("v_proj", D, kv), ("o_proj", q, D))})
+        self.mlp = nn.ModuleDict({name: Linear(n_in, n_out, bias=False) for name, n_in, n_out in
+                                  (("gate_proj", D, c.n_mlp), ("up_proj", D, c.n_mlp), ("down_proj", c.n_mlp, D))})
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
         if c.gemma2:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
 
     def attend(self, x, seen, cache, layer):
-        c, start = self.c, cache.seen if cache else 0
-        q, k, v = (self.self_attn[name](x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        c, a, start = self.c, self.self_attn, cache.seen if cache else 0
+        q, k, v = (matrix(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))
         q, k = rotate(q, start, c.rope_theta), rotate(k, start, c.rope_theta)  # (B, H, T, E), (B, G, T, E)
         if cache:
             k, v = cache.add(layer, k, v)  # (B, G, S, E)
-        k, v = (t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2) for t in (k, v))  # every H/G query heads share a key head
-        if c.attn_softcap:  # fused kernels know no cap
+        k, v = (t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2) for t in (k, v))  # H / G query heads share each key head
+        if c.attn_softcap:  # fused attention knows no cap
             score = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))  # (B, H, T, S)
             y = (score if seen is None else score.masked_fill(~seen, -math.inf)).float().softmax(-1).to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=c.query_scale)
-        return self.self_attn.o_proj(y.transpose(1, 2).flatten(2))
+        return a.o_proj(y.transpose(1, 2).flatten(2))
 
     def feed(self, x):
         return self.mlp.down_proj(F.gelu(self.mlp.gate_proj(x), approximate="tanh") * self.mlp.up_proj(x))
 
     def forward(self, x, seen=None, cache=None, layer=None):
         h = self.attend(self.input_layernorm(x), seen, cache, layer)
-        if not self.c.gemma2:
-            x = x + h
-            return x + self.feed(self.post_attention_layernorm(x))  # in Gemma 1 this name means the norm before the MLP,
-        x = x + self.post_attention_layernorm(h)                    # in Gemma 2 what it says
-        return x + self.post_feedforward_layernorm(self.feed(self.pre_feedforward_layernorm(x)))
+        if self.c.gemma2:
+            x = x + self.post_attention_layernorm(h)
+            return x + self.post_feedforward_layernorm(self.feed(self.pre_feedforward_layernorm(x)))
+        x = x + h
+        return x + self.feed(self.post_attention_layernorm(x))  # a trap: in Gemma 1 this name is the norm before the MLP
 
 
 class Gemma(nn.Module):
@@ -252,15 +231,14 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(c.n_embd, c.eps)
 
     def embed(self, idx):
-        """Token ids (..., T) -> (..., T, D), times sqrt(D): rows of the table have length about 1, what layer 0 expects about sqrt(D)."""
         return self.embed_tokens(idx) * self.c.n_embd ** 0.5
 
-    def forward(self, x, n_prefix, cache=None):
-        """Embeddings (B, T, D), of which the first n_prefix see each other and the rest what came before -> hidden states (B, T, D)."""
+    def forward(self, x, P, cache=None):
+        """Embeddings (B, T, D) -> hidden states (B, T, D). The first P see each other; the rest, and what the cache holds, is seen from behind only."""
         T, seen = x.shape[1], None
-        if T > n_prefix and not cache:
-            seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (query, key)
-            seen[:, :n_prefix] = True
+        if T > P:
+            seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (who looks, at whom)
+            seen[:, :P] = True
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, seen, use_reentrant=False, preserve_rng_state=False)
@@ -271,9 +249,8 @@ class Gemma(nn.Module):
         return x
 
     def head(self, x):
-        """Hidden states (..., D) -> logits (..., V), by the same table, unscaled. Hugging Face pads it: <image> and what follows are no words."""
-        logits = F.linear(self.norm(x), self.embed_tokens.weight[:257_152]).float()
-        cap = self.c.final_softcap
+        """Hidden states (..., D) -> logits in fp32, from the unscaled table. In Hugging Face's files it is padded: <image> and what follows are no words."""
+        logits, cap = F.linear(self.norm(x), self.embed_tokens.weight[:257_152]).float(), self.c.final_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -283,201 +260,62 @@ class PaliGemma(nn.Module):
         super().__init__()
         self.config = c
         self.vision_tower = SigLIP(c)
-        self.multi_modal_projector = nn.ModuleDict(dict(linear=Linear(c.v_embd, c.n_embd, bias=True)))
+        self.multi_modal_projector = nn.ModuleDict(dict(linear=Linear(c.v_embd, c.n_embd)))
         self.language_model = Gemma(c)
 
     def look(self, pixels):
-        """(B, 3, size, size) -> image tokens (B, N, D), which are not scaled as words are: the projector was trained to the right size."""
+        """Pictures (B, 3, size, size) in [-1, 1] -> image tokens (B, N, D)."""
         return self.multi_modal_projector.linear(self.vision_tower(pixels))
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, siglip=None):
         """
-        A hub name (google/paligemma-3b-pt-224, or name@revision), a folder or file of safetensors with its config.json, or big_vision's .npz.
-        With `siglip`, another checkpoint, the tower comes from there, Gemma from `name`, and the projector between them is fresh.
-        All of it is frozen. Tensors go from the file into their place one by one: beside the model, memory holds only the one in hand.
+        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors with its config.json, or big_vision's .npz.
+        With `siglip`, the tower comes from that checkpoint, Gemma from `name`, and the projector between them is random. All of it is frozen.
+        Tensors go from the file to their place one by one: beside the model, host memory holds only the one in hand.
         """
-        sources = [(name, "language_model." if siglip else "", *open_checkpoint(name))]
-        if siglip:
-            sources.append((siglip, "vision_tower.", *open_checkpoint(siglip)))
-        shapes = {key: shape for _, part, theirs, *_ in sources for key, shape in theirs.items() if key.startswith(part)}
-        said, said_of_tower = sources[0][-1], sources[-1][-1]
-        c = read_config(name, shapes, said.get("text_config", said), said_of_tower.get("vision_config", said_of_tower))
+        c, sources, shapes = describe(name, siglip)
         with torch.device("meta"):
             model = cls(c)
-        fit(name, {key: tuple(p.shape) for key, p in model.named_parameters() if not (siglip and "projector" in key)}, shapes)
-        for _, part, _, stream, _ in sources:
+        fit(name, {key: p.shape for key, p in model.named_parameters() if not (siglip and "projector" in key)}, shapes)
+        for part, _, stream, _ in sources:
             for key, tensor in stream():
                 if key.startswith(part):
                     put(model, key, tensor.to(device, dtype, copy=True))
-        if siglip:
-            put(model, "multi_modal_projector.linear.weight", torch.randn(c.n_embd, c.v_embd, device=device) * c.v_embd ** -0.5)
+        if siglip:  # the final norm leaves sum(w^2 + b^2) of squares in a token, whatever the picture: so image tokens can be born at the size of words
+            norm, words = model.vision_tower.post_layernorm, model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
+            size = words.square().mean().sqrt() / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
+            put(model, "multi_modal_projector.linear.weight", torch.randn(c.n_embd, c.v_embd, device=device) * size)
             put(model, "multi_modal_projector.linear.bias", torch.zeros(c.n_embd, device=device))
         return model
 
-    def save_pretrained(self, folder):
-        """Writes model.safetensors and config.json as `transformers.PaliGemmaForConditionalGeneration.from_pretrained(folder)` reads them."""
-        from safetensors.torch import save
 
-        c = self.config
-        text = dict(model_type="gemma2" if c.gemma2 else "gemma", hidden_size=c.n_embd, intermediate_size=c.n_mlp, num_hidden_layers=c.n_layer,
-                    num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, vocab_size=c.vocab_size, rope_theta=c.rope_theta,
-                    hidden_activation="gelu_pytorch_tanh", rms_norm_eps=c.eps)
-        if c.gemma2:
-            text |= dict(query_pre_attn_scalar=round(c.query_scale ** -2), attn_logit_softcapping=c.attn_softcap, final_logit_softcapping=c.final_softcap)
-        vision = dict(model_type="siglip_vision_model", hidden_size=c.v_embd, intermediate_size=c.v_mlp, num_hidden_layers=c.v_layer, num_attention_heads=c.v_head,
-                      patch_size=c.patch_size, image_size=c.image_size, projection_dim=c.n_embd, vision_use_head=False)
-        theirs = dict(model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"], image_token_index=c.vocab_size - 1, projection_dim=c.n_embd,
-                      hidden_size=c.n_embd, vocab_size=c.vocab_size, bos_token_id=2, eos_token_id=1, pad_token_id=0, text_config=text, vision_config=vision)
-        state = {key.replace("language_model.", "language_model.model.").replace("vision_tower.", "vision_tower.vision_model."): p.detach().cpu().contiguous()
-                 for key, p in self.named_parameters()}
-        os.makedirs(folder, exist_ok=True)
-        save_atomically(os.path.join(folder, "config.json"), lambda f: f.write(json.dumps(theirs, indent=1).encode()))
-        save_atomically(os.path.join(folder, "model.safetensors"), lambda f: f.write(save(state, metadata={"format": "pt"})))
+def put(module, key, tensor, train=False):
+    parent, _, leaf = key.rpartition(".")
+    setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=train))
+
+
+def fit(path, own, given):
+    """Ends the run unless the tensors that a file gives, {name: shape}, are those that are wanted."""
+    wrong = [f"{key} is missing" for key in own if key not in given] + [f"{key} is unknown" for key in given if key not in own]
+    wrong += [f"{key} is {tuple(given[key])} instead of {tuple(own[key])}" for key in own if key in given and tuple(own[key]) != tuple(given[key])]
+    if wrong:
+        die(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints, in the two formats that were published. Both give the names and shapes first, then one tensor at a time
+# checkpoints, in the two formats that were published. Each opens as {our name: shape}, a function that yields (our name, tensor), and config.json
 
 
-def our_name(key):
-    """A tensor's name, in any of the namings that were published, as ours; None for what this model has no use for."""
-    key = key.removeprefix("model.")
-    for theirs, ours in (("language_model.model.", "language_model."), ("vision_tower.vision_model.", "vision_tower."), ("vision_model.", "vision_tower."),
-                         ("embed_tokens.", "language_model.embed_tokens."), ("layers.", "language_model.layers."), ("norm.", "language_model.norm.")):
-        if key.startswith(theirs):  # the last three: a Gemma by itself
-            key = ours + key.removeprefix(theirs)
-    useless = "lm_head." in key or key.startswith(("text_model.", "logit_", "vision_tower.head."))  # the tied table again; the rest of a SigLIP
-    return None if useless else key
-
-
-def transpose(w):
-    return w.mT
-
-
-def heads_in(w):  # (heads, in, E) -> (heads * E, in): each head's rows below the last head's
-    return w.mT.flatten(0, 1)
-
-
-def heads_out(w):  # (heads, E, out) -> (out, heads * E)
-    return w.flatten(0, 1).mT
-
-
-def in_heads(w):  # (in, heads, E) -> (heads * E, in)
-    return w.flatten(1).mT
-
-
-# big_vision's names (without /kernel, /scale or /w), ours (without .weight), and how its array becomes (out, in); in a block's arrays all layers are stacked
-BIG_VISION = (
-    ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),  # (rows, columns, 3, out)
-    ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
-    ("img/Transformer/encoderblock/LayerNorm_0", "vision_tower.encoder.layers.{}.layer_norm1", None),
-    ("img/Transformer/encoderblock/LayerNorm_1", "vision_tower.encoder.layers.{}.layer_norm2", None),
-    ("img/Transformer/encoderblock/MlpBlock_0/Dense_0", "vision_tower.encoder.layers.{}.mlp.fc1", transpose),
-    ("img/Transformer/encoderblock/MlpBlock_0/Dense_1", "vision_tower.encoder.layers.{}.mlp.fc2", transpose),
-    *((f"img/Transformer/encoderblock/MultiHeadDotProductAttention_0/{name}", f"vision_tower.encoder.layers.{{}}.self_attn.{name[0]}_proj", in_heads)
-      for name in ("query", "key", "value")),
-    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out", "vision_tower.encoder.layers.{}.self_attn.out_proj", heads_out),
-    ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", None),
-    ("img/head", "multi_modal_projector.linear", transpose),
-    ("llm/embedder/input_embedding", "language_model.embed_tokens", None),
-    ("llm/layers/attn/q_einsum", "language_model.layers.{}.self_attn.q_proj", heads_in),
-    ("llm/layers/attn/kv_einsum", "language_model.layers.{}.self_attn.k_proj", lambda w: heads_in(w[0])),
-    ("llm/layers/attn/kv_einsum", "language_model.layers.{}.self_attn.v_proj", lambda w: heads_in(w[1])),
-    ("llm/layers/attn/attn_vec_einsum", "language_model.layers.{}.self_attn.o_proj", heads_out),
-    ("llm/layers/mlp/gating_einsum", "language_model.layers.{}.mlp.gate_proj", lambda w: w[0].mT),
-    ("llm/layers/mlp/gating_einsum", "language_model.layers.{}.mlp.up_proj", lambda w: w[1].mT),
-    ("llm/layers/mlp/linear", "language_model.layers.{}.mlp.down_proj", transpose),
-    ("llm/layers/pre_attention_norm", "language_model.layers.{}.input_layernorm", None),
-    ("llm/layers/post_attention_norm", "language_model.layers.{}.post_attention_layernorm", None),
-    ("llm/layers/pre_ffw_norm", "language_model.layers.{}.pre_feedforward_layernorm", None),
-    ("llm/layers/post_ffw_norm", "language_model.layers.{}.post_feedforward_layernorm", None),
-    ("llm/final_norm", "language_model.norm", None),
-)
-
-
-def open_npz(path):
-    """big_vision's file: a zip of arrays, some of them all layers' matrices stacked, up to 2.4 GB: those are read a layer at a time."""
-    from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
-
-    def header(f):
-        shape, by_column, kind = (read_array_header_1_0 if read_magic(f) == (1, 0) else read_array_header_2_0)(f)
-        if by_column:
-            die(f"{path}: {f.name} is stored column by column: save it again after np.ascontiguousarray")
-        return shape, kind
-
-    archive, members, shapes = zipfile.ZipFile(path), [], {}
-    names = sorted(archive.namelist(), key=lambda name: "embed" not in name)  # the table first: while it is converted it is in memory twice
-    gemma2 = any("post_ffw_norm" in name for name in names)
-    for name in names:
-        base, _, leaf = (key := name.removesuffix(".npy").removeprefix("params/")).rpartition("/")
-        base = base if leaf in ("kernel", "bias", "scale", "w") else key
-        rows = [(ours + ".bias", torch.flatten) if leaf == "bias" else (ours + ".weight", how or (lambda w: w)) for theirs, ours, how in BIG_VISION if theirs == base]
-        if not gemma2:  # Gemma 1's norm before the MLP goes by another name
-            rows = [(ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows]
-        with archive.open(name) as f:
-            shape, kind = header(f)
-        layers = shape[0] if rows and "{}" in rows[0][0] else 0
-        members.append((name, rows, layers, shape[1:] if layers else shape, kind))
-        for ours, how in rows or [(key, torch.flatten)]:
-            result = tuple(how(torch.empty(members[-1][3], device="meta")).shape)
-            shapes |= {ours.format(i): result for i in range(layers or 1)}
-        if base.endswith("q_einsum"):
-            text = dict(head_dim=shape[-1])
-        if base.endswith("/query"):
-            vision = dict(num_attention_heads=shape[-2])  # kernel (layers, in, heads, E) or bias (layers, heads, E)
-
-    def stream():
-        for name, rows, layers, shape, kind in members:
-            with archive.open(name) as f:
-                header(f)
-                for i in range(layers or 1):
-                    array = np.empty(shape, kind)
-                    raw = array.reshape(-1).view(np.uint8)
-                    for start in range(0, len(raw), 1 << 24):
-                        f.readinto(raw[start:start + (1 << 24)])
-                    w = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16) if kind.kind == "V" else torch.from_numpy(array)  # numpy knows no bfloat16
-                    for ours, how in rows:
-                        yield ours.format(i), how(w)
-
-    return shapes, stream, dict(text_config=text, vision_config=vision)
-
-
-def open_safetensors(path):
-    """A folder in Hugging Face's layout, in one file or in shards, or one file of such a folder."""
-    from safetensors import safe_open
-
-    folder, index = (path, os.path.join(path, "model.safetensors.index.json")) if os.path.isdir(path) else (os.path.dirname(path), "")
-    files = sorted(set(json.load(open(index))["weight_map"].values())) if os.path.exists(index) else ["model.safetensors" if index else os.path.basename(path)]
-    where, shapes = {}, {}
-    for file in files:
-        with safe_open(os.path.join(folder, file), "pt") as f:
-            for key in f.keys():
-                if name := our_name(key):
-                    where[name], shapes[name] = (os.path.join(folder, file), key), tuple(f.get_slice(key).get_shape())
-
-    def stream():
-        for name in sorted(where, key=lambda name: "embed" not in name):
-            file, key = where[name]
-            with safe_open(file, "pt") as f:  # opened anew for each: what was read of a mapped file counts as ours until it is closed
-                yield name, f.get_tensor(key)
-
-    return shapes, stream, json.load(open(os.path.join(folder, "config.json")))
-
-
-def fetch(name):
-    """Downloads `owner/model` or `owner/model@revision` from the hub into a folder, whose name it returns."""
-    repo, _, revision = name.partition("@")
-    folder, revision = os.path.join("pretrained", name.replace("/", "_")), revision or "main"
-    print(f"{name} comes from {hub()}/{repo}: Google's models want their licence accepted there, once, and your token in HF_TOKEN", flush=True)
-    for entry in json.load(open(download(f"{hub()}/api/models/{repo}/tree/{revision}", os.path.join(folder, "files.json")))):
-        if re.fullmatch(r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", entry["path"]):
-            download(f"{hub()}/{repo}/resolve/{revision}/{entry['path']}", os.path.join(folder, entry["path"]))
-    return folder
+def describe(name, siglip=None):
+    """What a checkpoint's files say before any tensor is read: the config, the files as (part to take, *open_checkpoint), and all shapes."""
+    sources = [("language_model." if siglip else "", *open_checkpoint(name))] + ([("vision_tower.", *open_checkpoint(siglip))] if siglip else [])
+    shapes = {key: shape for part, theirs, *_ in sources for key, shape in theirs.items() if key.startswith(part)}
+    text, vision = sources[0][-1], sources[-1][-1]
+    return read_config(name, shapes, text.get("text_config", text), vision.get("vision_config", vision)), sources, shapes
 
 
 def open_checkpoint(name):
-    """-> {our name: shape}, a function that yields (our name, tensor) for each, and config.json's content."""
     from safetensors import SafetensorError
 
     if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
@@ -485,43 +323,149 @@ def open_checkpoint(name):
     try:
         path = name if os.path.exists(name) else fetch(name)
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (OSError, ValueError, KeyError, UnboundLocalError, SafetensorError, zipfile.BadZipFile) as problem:
+    except (OSError, ValueError, LookupError, AssertionError, SafetensorError, zipfile.BadZipFile) as problem:
         die(f"{name} is not a whole checkpoint, in safetensors with a config.json or in big_vision's .npz ({type(problem).__name__}: {problem})")
 
 
+def fetch(name):
+    """Downloads a model from the hub into a folder, whose name it returns."""
+    folder, (repo, _, revision) = os.path.join("pretrained", name.replace("/", "_")), name.partition("@")
+    print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set HF_TOKEN to a token of yours", flush=True)
+    tree = download(f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json"))
+    for file in (entry["path"] for entry in json.load(open(tree))):
+        if re.fullmatch(r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file):
+            download(f"{hub()}/{repo}/resolve/{revision or 'main'}/{file}", os.path.join(folder, file))
+    return folder
+
+
+def open_safetensors(path):
+    """A folder in Hugging Face's layout, one file or shards, or a single file with its config.json beside it."""
+    from safetensors import safe_open
+
+    folder, files = (path, ["model.safetensors"]) if os.path.isdir(path) else os.path.split(path)
+    index = os.path.join(folder, "model.safetensors.index.json")
+    files = [files] if files != ["model.safetensors"] else sorted(set(json.load(open(index))["weight_map"].values())) if os.path.exists(index) else files
+    where, shapes = {}, {}
+    for file in (os.path.join(folder, file) for file in files):
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata()
+            for key in f.keys():
+                if name := our_name(key):
+                    where[name], shapes[name] = (file, key), f.get_slice(key).get_shape()
+
+    def stream():
+        for name in sorted(where, key=lambda name: "embed" not in name):  # the table first: while it is converted, it is in memory twice
+            with safe_open(where[name][0], "pt") as f:  # opened anew each time: what was read of a mapped file counts as ours until it is closed
+                yield name, f.get_tensor(where[name][1])
+
+    config = os.path.join(folder, "config.json")  # a model that was trained whole here carries its own
+    return shapes, stream, json.load(open(config)) if os.path.exists(config) else json.loads((metadata or {}).get("config", "{}"))
+
+
+def our_name(key):
+    """Our name of a tensor, whichever of the published namings the file uses; None for what we have no use for."""
+    key = key.removeprefix("model.")
+    for theirs, ours in {"language_model.model.": "language_model.", "vision_tower.vision_model.": "vision_tower.", "vision_model.": "vision_tower.",
+                         **{part: "language_model." + part for part in ("embed_tokens.", "layers.", "norm.")}}.items():  # the last: Gemma by itself
+        if key.startswith(theirs):
+            key = ours + key.removeprefix(theirs)
+    useless = "lm_head." in key or key.startswith(("text_model.", "logit_", "vision_tower.head."))  # the table once more; the rest of a SigLIP
+    return None if useless else key
+
+
+T, HEADS_IN = (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))  # (in, out) -> (out, in); (heads, in, E) -> (heads * E, in)
+OUT, IN = (lambda w: w.flatten(0, 1).mT), (lambda w: w.flatten(1).mT)  # (heads, E, out) -> (out, heads * E); (in, heads, E) -> (heads * E, in)
+BIG_VISION = [  # its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours. Blocks ({}) hold all layers, stacked
+    ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),
+    ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
+    ("img/Transformer/encoderblock/LayerNorm_0", "vision_tower.encoder.layers.{}.layer_norm1", None),
+    ("img/Transformer/encoderblock/LayerNorm_1", "vision_tower.encoder.layers.{}.layer_norm2", None),
+    ("img/Transformer/encoderblock/MlpBlock_0/Dense_0", "vision_tower.encoder.layers.{}.mlp.fc1", T),
+    ("img/Transformer/encoderblock/MlpBlock_0/Dense_1", "vision_tower.encoder.layers.{}.mlp.fc2", T),
+    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query", "vision_tower.encoder.layers.{}.self_attn.q_proj", IN),
+    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/key", "vision_tower.encoder.layers.{}.self_attn.k_proj", IN),
+    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/value", "vision_tower.encoder.layers.{}.self_attn.v_proj", IN),
+    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out", "vision_tower.encoder.layers.{}.self_attn.out_proj", OUT),
+    ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", None),
+    ("img/head", "multi_modal_projector.linear", T),
+    ("llm/embedder/input_embedding", "language_model.embed_tokens", None),
+    ("llm/layers/attn/q_einsum", "language_model.layers.{}.self_attn.q_proj", HEADS_IN),
+    ("llm/layers/attn/kv_einsum", "language_model.layers.{}.self_attn.k_proj", lambda w: HEADS_IN(w[0])),
+    ("llm/layers/attn/kv_einsum", "language_model.layers.{}.self_attn.v_proj", lambda w: HEADS_IN(w[1])),
+    ("llm/layers/attn/attn_vec_einsum", "language_model.layers.{}.self_attn.o_proj", OUT),
+    ("llm/layers/mlp/gating_einsum", "language_model.layers.{}.mlp.gate_proj", lambda w: w[0].mT),
+    ("llm/layers/mlp/gating_einsum", "language_model.layers.{}.mlp.up_proj", lambda w: w[1].mT),
+    ("llm/layers/mlp/linear", "language_model.layers.{}.mlp.down_proj", T),
+    ("llm/layers/pre_attention_norm", "language_model.layers.{}.input_layernorm", None),
+    ("llm/layers/post_attention_norm", "language_model.layers.{}.post_attention_layernorm", None),
+    ("llm/layers/pre_ffw_norm", "language_model.layers.{}.pre_feedforward_layernorm", None),
+    ("llm/layers/post_ffw_norm", "language_model.layers.{}.post_feedforward_layernorm", None),
+    ("llm/final_norm", "language_model.norm", None)]
+
+
+def open_npz(path):
+    """big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is read a layer at a time."""
+    def header(f):
+        np.lib.format.read_magic(f)
+        shape, by_column, kind = np.lib.format.read_array_header_1_0(f)
+        assert not by_column, f"{f.name} is stored column by column"
+        return shape, kind
+
+    archive, members, shapes, said = zipfile.ZipFile(path), [], {}, dict(text_config={}, vision_config={})
+    names = sorted(archive.namelist(), key=lambda name: "embed" not in name)  # the table first, as above
+    gemma2 = any("post_ffw_norm" in name for name in names)
+    for name in names:
+        key = name.removesuffix(".npy").removeprefix("params/")
+        base, _, leaf = key.rpartition("/")
+        rows = [(ours + ".bias", torch.flatten) if leaf == "bias" else (ours + ".weight", how or torch.clone) for theirs, ours, how in BIG_VISION
+                if theirs == (base if leaf in ("kernel", "bias", "scale", "w") else key)]
+        if not gemma2:  # Gemma 1's norm before the MLP goes by another name
+            rows = [(ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows]
+        with archive.open(name) as f:
+            shape, kind = header(f)
+        layers = shape[0] if rows and "{}" in rows[0][0] else None
+        one = shape if layers is None else shape[1:]
+        members.append((name, rows, layers or 1, one, kind))
+        for ours, how in rows or [(key, torch.clone)]:  # an unknown key keeps its name, and `fit` will say it
+            shapes |= {ours.format(i): how(torch.empty(one, device="meta")).shape for i in range(layers or 1)}
+        if base.endswith("q_einsum"):
+            said["text_config"]["head_dim"] = shape[-1]
+        if base.endswith("/query"):
+            said["vision_config"]["num_attention_heads"] = shape[-2]
+
+    def stream():
+        for name, rows, layers, shape, kind in members:
+            with archive.open(name) as f:
+                header(f)
+                for i in range(layers):
+                    w = np.empty(shape, kind)
+                    raw = w.reshape(-1).view(np.uint8)
+                    for start in range(0, len(raw), 1 << 24):
+                        f.readinto(raw[start:start + (1 << 24)])
+                    w = torch.from_numpy(w.view(np.int16)).view(torch.bfloat16) if kind.kind == "V" else torch.from_numpy(w)  # numpy knows no bfloat16
+                    yield from ((ours.format(i), how(w)) for ours, how in rows)
+
+    return shapes, stream, said
+
+
 def read_config(name, shapes, text, vision):
-    """Sizes are those of the tensors; for what those don't show, what config.json says, or PaliGemma's own values."""
-    def size(key, axis):
-        return shapes[key][axis] if len(shapes.get(key, ())) > axis else die(f"{name}: {key} is missing, or has no axis {axis}: not a PaliGemma")
+    """Sizes are the tensors'; what those don't show is config.json's, and what that leaves out, as Google's files do, is PaliGemma's own."""
+    def size(key, axis=0):
+        return shapes[key + ".weight"][axis] if key + ".weight" in shapes else die(f"{name}: {key}.weight is missing: this is not all of a PaliGemma")
 
-    def layers(part):
-        return len({key.split(".")[part.count(".")] for key in shapes if key.startswith(part)})
+    def layers(said, part):
+        return said.get("num_hidden_layers") or 1 + max(int(key.removeprefix(part).split(".")[0]) for key in shapes if key.startswith(part))
 
-    gemma2 = "language_model.layers.0.pre_feedforward_layernorm.weight" in shapes
-    E, patch = text.get("head_dim") or 256, size("vision_tower.embeddings.patch_embedding.weight", 2)
-    return Config(
-        image_size=math.isqrt(size("vision_tower.embeddings.position_embedding.weight", 0)) * patch, patch_size=patch,
-        v_layer=vision.get("num_hidden_layers") or layers("vision_tower.encoder.layers."), v_head=vision.get("num_attention_heads") or 16,
-        v_embd=size("vision_tower.embeddings.patch_embedding.weight", 0), v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1.weight", 0),
-        n_layer=text.get("num_hidden_layers") or layers("language_model.layers."), n_head=size("language_model.layers.0.self_attn.q_proj.weight", 0) // E,
-        n_kv_head=size("language_model.layers.0.self_attn.k_proj.weight", 0) // E, head_dim=E, n_embd=size("language_model.embed_tokens.weight", 1),
-        n_mlp=size("language_model.layers.0.mlp.gate_proj.weight", 0), vocab_size=size("language_model.embed_tokens.weight", 0),
-        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5, gemma2=gemma2, attn_softcap=text.get("attn_logit_softcapping", 50.0) if gemma2 else None,
+    E, patch, first = text.get("head_dim") or 256, size("vision_tower.embeddings.patch_embedding", 2), "language_model.layers.0."
+    gemma2 = first + "pre_feedforward_layernorm.weight" in shapes  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
+    return SimpleNamespace(
+        image_size=math.isqrt(size("vision_tower.embeddings.position_embedding")) * patch, patch_size=patch, v_layer=layers(vision, "vision_tower.encoder.layers."),
+        v_head=vision.get("num_attention_heads") or 16, v_embd=size("vision_tower.embeddings.patch_embedding"), v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"),
+        n_layer=layers(text, "language_model.layers."), n_head=size(first + "self_attn.q_proj") // E, n_kv_head=size(first + "self_attn.k_proj") // E, head_dim=E,
+        n_embd=size("language_model.embed_tokens", 1), n_mlp=size(first + "mlp.gate_proj"), vocab_size=size("language_model.embed_tokens"), gemma2=gemma2,
+        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5, attn_softcap=text.get("attn_logit_softcapping", 50.0) if gemma2 else None,
         final_softcap=text.get("final_logit_softcapping", 30.0) if gemma2 else None, eps=text.get("rms_norm_eps") or 1e-6,
         rope_theta=text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0)
-
-
-def fit(path, own, given):
-    """Ends the run unless the tensors that a file gives, {name: shape}, are those that are wanted."""
-    wrong = [f"{key} is missing" for key in own if key not in given] + [f"{key} is unknown" for key in given if key not in own]
-    wrong += [f"{key} is {given[key]} instead of {own[key]}" for key in own if key in given and own[key] != given[key]]
-    if wrong:
-        die(f"{path}: {len(wrong)} of {len(own)} tensors do not fit: {'; '.join(wrong[:5])}")
-
-
-def put(module, key, tensor):
-    parent, _, leaf = key.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -529,40 +473,45 @@ def put(module, key, tensor):
 
 
 class Prompted(nn.Module):
-    """A frozen PaliGemma, the pieces of its prefix in their order, and what is trained: a soft prompt, or parts or helpers of Gemma."""
+    """A frozen PaliGemma; bos and `hard`, the tokens of the hard prompt with its "\\n"; and what is trained: a soft prompt, or parts of Gemma, or beside it."""
 
     def __init__(self, model, bos, hard, prompt="hard", n_soft=10, place="after_image", order="image,bos,prompt", train="none", lora_rank=8, stack=False):
         super().__init__()
-        self.model, self.pieces, self.soft, language = model, order.split(","), None, model.language_model
+        self.model, self.pieces, language = model, order.split(","), model.language_model
         device = language.norm.weight.device
-        self.words = {"bos": torch.tensor([bos], device=device), "prompt": torch.tensor(hard, device=device)}
+        self.words = dict(bos=torch.tensor([bos], device=device))
+        self.ask(hard)
         if prompt == "soft":
-            at = dict(before_image=self.pieces.index("image"), after_image=self.pieces.index("image") + 1, after_bos=self.pieces.index("bos") + 1, before_suffix=3)
-            self.pieces.insert(at[place], "soft")
-            rows = language.embed(self.words["prompt"][:-1] if len(hard) > 1 else self.words["prompt"])  # without the "\n"; scaled, as layer 0 expects it
-            self.soft = nn.Parameter(rows.detach().float().repeat(math.ceil(n_soft / len(rows)), 1)[:n_soft])  # (n_soft, D)
-        if train == "all":
-            model.float().requires_grad_(True)
+            image = self.pieces.index("image")
+            self.pieces.insert(dict(before_image=image, after_image=image + 1, after_bos=self.pieces.index("bos") + 1, before_suffix=3)[place], "soft")
+            rows = language.embed(self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"]).detach().float()  # scaled already
+            self.soft = nn.Parameter(rows[torch.arange(n_soft) % len(rows)])  # (n_soft, D)
         for layer in language.layers:
             if train == "attention":
-                layer.self_attn.float().requires_grad_(True)
+                train_in_fp32(layer.self_attn)
             for matrix in (*layer.self_attn.values(), *layer.mlp.values()) if train == "lora" else ():
                 n_out, n_in = matrix.weight.shape
                 matrix.lora_a = nn.Parameter(torch.randn(lora_rank, n_in, device=device) * n_in ** -0.5)
-                matrix.lora_b = nn.Parameter(torch.zeros(n_out, lora_rank, device=device))  # zero: training starts from the model as it is
-        if stack:
-            model.multi_modal_projector.float().requires_grad_(True)
+                matrix.lora_b = nn.Parameter(torch.zeros(n_out, lora_rank, device=device))  # zero: it starts from the model as it is
+        if train == "all" or stack:
+            train_in_fp32(model if train == "all" else model.multi_modal_projector)
+
+    def ask(self, hard):
+        self.words["prompt"] = torch.tensor(hard, device=self.words["bos"].device)
+
+    def trained(self):
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def prefix(self, pixels):
-        """Pictures (B, 3, size, size) -> (B, P, D). What is frozen keeps nothing for a backward pass: SigLIP costs its weights only."""
-        embed = self.model.language_model.embed
-        pieces = {name: embed(idx) for name, idx in self.words.items()} | {"image": self.model.look(pixels), "soft": self.soft}
-        return torch.cat([pieces[name].to(embed.__self__.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
+        """Pictures (B, 3, size, size) -> (B, P, D). SigLIP, while frozen, keeps nothing for the backward pass: nothing in it could get a gradient."""
+        language = self.model.language_model
+        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.look(pixels), soft=getattr(self, "soft", None))
+        return torch.cat([pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
 
     def forward(self, idx, pixels, targets):
         """
-        The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is the same one step earlier: its first column, before the
-        first word, is the last token of the prefix, and ignored. Padding is at the end, where no word sees it: the mask is the same for all rows.
+        The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is what stands before each: first the end of the prefix,
+        whatever idx says, then words. Padding comes last, where no word sees it, and all prefixes are of one length: one mask serves all rows.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
         P = prefix.shape[1]
@@ -571,22 +520,387 @@ class Prompted(nn.Module):
         def part(x, targets):
             return F.cross_entropy(language.head(x), targets, reduction="sum")
 
-        # 257,152 logits for each of 8 x 40 words are 330 MB in fp32, three times over: 64 words at a time, and again in the backward pass
-        parts = zip(x.flatten(0, 1).split(64), targets.flatten().split(64))
-        return sum(checkpoint(part, *some, use_reentrant=False) for some in parts)
+        # logits of the suffix only, of 64 words at a time, and computed again in the backward pass: those of 8 x 300 tokens would be 2.5 GB in fp32
+        return sum(checkpoint(part, *some, use_reentrant=False) for some in zip(x.flatten(0, 1).split(64), targets.flatten().split(64)))
 
     @torch.no_grad()
     def generate(self, pixels, stop, max_new_tokens):
-        """Greedy captions, as tokens (B, up to max_new_tokens), ended by `stop`."""
+        """Greedy captions, as tokens (B, up to max_new_tokens), each ended by `stop`."""
         language, c, prefix = self.model.language_model, self.model.config, self.prefix(pixels)
-        shape = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)
-        cache = KVCache(shape, len(pixels), prefix.shape[1] + max_new_tokens, prefix)
+        keys = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)  # the cache holds the G key heads only
+        cache = KVCache(keys, len(pixels), prefix.shape[1] + max_new_tokens, prefix)
 
-        def step(new):  # the first call gets a dummy and reads the prefix
+        def step(new):  # the first call, with a dummy for a token, reads the prefix
             x = language.embed(new) if cache.seen else prefix
             return language.head(language(x, x.shape[1], cache)[:, -1:])
 
         return decode(step, torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device), max_new_tokens, 0.0, stop=stop)[:, 1:]
 
-    def trained(self):
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+def train_in_fp32(module):
+    for key, p in list(module.named_parameters()):
+        put(module, key, p.detach().float(), train=True)
+
+
+def make_optimizer(asked, name):
+    return [torch.optim.SGD(asked.trained().values(), lr=1.0)] if name == "sgd" else make_optimizers(asked, name, 1.0, 0.0)
+
+
+def load_adapter(path):
+    """-> what was trained, {name: tensor}, and the settings that it was trained with."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["settings"])
+    except (OSError, SafetensorError, KeyError, TypeError) as problem:
+        die(f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: {problem})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# words and pictures
+
+
+class Tokenizer:
+    """A SentencePiece model, under the names that TokenizedCaptions calls."""
+
+    def __init__(self, file):
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            pieces = SentencePieceProcessor(model_file=file)
+        except (OSError, RuntimeError) as problem:
+            die(f"{file} is not a SentencePiece model ({problem}): put the checkpoint's tokenizer.model there, or say tokenizer=")
+        self.encode = self.encode_ordinary_batch = pieces.encode  # of a text, of a list of texts
+        self.decode, self.bos, self.eot_token, self.n_vocab = pieces.decode, pieces.bos_id(), pieces.eos_id(), pieces.get_piece_size()
+        if len(self.encode("\n")) != 1:
+            die(f'{file}: "\\n" ends the prefix and must be one token, but is {len(self.encode(chr(10)))}: this is not a PaliGemma\'s tokenizer')
+
+
+class Pictures:
+    """Picture files, read when they are asked for: pictures[numbers] -> (B, 3, size, size), fp32 in [-1, 1]."""
+
+    def __init__(self, files, size):
+        self.files, self.size, self.pool = files, size, ThreadPoolExecutor(os.cpu_count())
+
+    def __len__(self):
+        return len(self.files)
+
+    def read(self, number):
+        picture = open_image(self.files[number])
+        if 0 in picture.size:
+            die(f"{self.files[number]} is a picture of {picture.width} x {picture.height} pixels")
+        squeezed = picture.resize((self.size, self.size), Image.BICUBIC)  # not cropped: as PaliGemma was trained
+        return np.asarray(squeezed, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+    def __getitem__(self, numbers):
+        return np.stack(list(self.pool.map(self.read, numbers)))
+
+
+def read_split(data, split, size):
+    """-> the json's images, each one's captions in lower case, and its Pictures."""
+    images, captions = load_captions(data, split)
+    captions = [[" ".join(text.lower().split()) for text in said] for said in captions]
+    empty = [image["file_name"] for image, said in zip(images, captions) if not all(said)]
+    if empty:
+        die(f"{data}, {split}: {len(empty)} pictures have a caption without a word, such as {', '.join(empty[:3])}")
+    return images, captions, Pictures([os.path.join(data, split, image["file_name"]) for image in images], size)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# memory: what one step takes
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes of all tensors that are alive, and their peak, through whatever is computed inside. Fake tensors count as if they were real."""
+    live = peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.follow, (args, result))
+        return result
+
+    def follow(self, tensor):
+        storage = tensor.untyped_storage()
+        if not hasattr(storage, "followed"):
+            storage.followed = weakref.finalize(storage, self.change, -storage.nbytes())
+            self.change(storage.nbytes())
+
+    def change(self, n):
+        self.live += n
+        self.peak = max(self.peak, self.live)
+
+
+def random_model(c, device, dtype=torch.float32):
+    with torch.device("meta"):
+        model = PaliGemma(c)
+    for key, p in list(model.named_parameters()):
+        w = torch.zeros(p.shape, dtype=dtype, device=device)  # right for biases, and for RMSNorm
+        put(model, key, w.normal_(0, p[0].numel() ** -0.5) if p.dim() > 1 else w + ("vision_tower" in key and key.endswith("weight")))
+    return model
+
+
+def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, **way):
+    """
+    GiB that a training step takes, weights included: measured on a GPU; elsewhere computed, by taking the step with fake tensors, which have
+    shapes but no content, and following which of them are alive.
+    """
+    real = "cuda" in device
+    with nullcontext() if real else FakeTensorMode():
+        asked = Prompted(random_model(c, device, dtype), 2, [3, 4, 5], **way)
+        asked.model.language_model.recompute = True
+        optimizers = make_optimizer(asked, "sgd" if way.get("train") == "attention" else "adamw")
+        idx = torch.zeros(batch_size, n_suffix, dtype=torch.long, device=device)
+        pixels = torch.zeros(batch_size, 3, c.image_size, c.image_size, device=device)
+        if real:
+            torch.cuda.reset_peak_memory_stats()
+        with nullcontext() if real else LiveBytes() as live:
+            for _ in range(2):  # from the second on, Adam's moments are there, and all weights were met
+                asked(idx, pixels, idx).backward()
+                take_step(asked, optimizers, 1e-3, 1.0)
+    return (torch.cuda.max_memory_allocated() if real else live.peak) / 2**30
+
+
+def check_memory(c, device, dtype, batch_size, way):
+    """Ends the run, before anything is loaded, if a training step would not fit into the free memory; names what would."""
+    if "cuda" in device:
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = int(re.search(r"MemAvailable: *(\d+)", open("/proc/meminfo").read())[1]) * 1024 if os.path.exists("/proc/meminfo") else math.inf
+    soft = dict(prompt="soft")
+    way = soft if way["prompt"] == "hard" and way["train"] == "none" and not way["stack"] else way  # what trains nothing takes a little less
+    tries = {"": (batch_size, dtype, way), "batch_size=1": (1, dtype, way), "prompt=soft train=none batch_size=1 dtype=bfloat16": (1, torch.bfloat16, soft)}
+    need = {hint: step_memory(c, B, "cpu", kind, **other) for hint, (B, kind, other) in tries.items()}
+    fits = [hint for hint in need if need[hint] < free / 2**30] + ["nothing here"]
+    if fits[0]:
+        die(f"a step would take {need['']:.1f} GiB, and {device} has {free / 2**30:.1f} free. What would fit: {fits[0]}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the built-in road: a small PaliGemma of a drawn world, in which people speak of what they see in two ways
+
+FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain", cross="airplane", picture="satellite view")
+BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100, eval_interval=25, log_interval=25)
+WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))  # shares of pictures seen from above and of captions in a surveyor's words
+PRETRAIN = ("paligemma=small", "data=data/scenes,data/surveys", "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
+            *"out_dir=out/prompt_small train=all optimizer=muon batch_size=32 max_steps=500 eval_interval=250 log_interval=50".split())
+
+
+def drawn_world(pictures, words):
+    """A style for draw_shapes: a share of pictures is seen from above, on the colours of the ground, a share of captions is in a surveyor's words."""
+    def style(rng, picture, captions):
+        if rng.random() < pictures:
+            ground = bytes(rng.randint(low, low + 90) for _ in range(64) for low in (110, 120, 70))
+            picture = ImageChops.multiply(picture, Image.frombytes("RGB", (8, 8), ground).resize((64, 64), Image.BICUBIC))
+        return picture, [" ".join(FROM_ABOVE.get(word, word) for word in said.split()) if rng.random() < words else said for said in captions]
+
+    return style
+
+
+def results_table(rows):
+    head = f"{'':<20} | {'trained':>9} | {'peak GB':>7} | {'s/step':>6} | {'BLEU-4':>6} | {'CIDEr':>6} | {'perplexity':>10} | {'wrong picture':>13}"
+    return "\n".join([head] + [f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | {r['seconds_per_step']:>6.2f} | {100 * r['Bleu_4']:>6.1f} | "
+                               f"{100 * r['CIDEr']:>6.1f} | {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}" for r in rows])
+
+
+def draw_comparison(path, rows):
+    """The table as bars."""
+    plt = pyplot()
+    fig, axes = plt.subplots(1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
+    for ax, (title, key, scale) in zip(axes, (("trained parameters", "trained", 1), ("peak memory, GB", "peak_GB", 1), ("seconds a step", "seconds_per_step", 1),
+                                              ("BLEU-4 x 100", "Bleu_4", 100), ("CIDEr x 100", "CIDEr", 100))):
+        ax.bar_label(ax.barh([r["way"] for r in rows], [scale * r[key] for r in rows]), fmt="{:,.4g}", padding=2, fontsize=8)
+        ax.set_title(title, fontsize=10)
+        ax.margins(x=0.3)
+    axes[0].invert_yaxis()
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    config, saved = configure(globals()), {}
+    if image and init_from == "scratch" and not (paligemma or stack):
+        runs = sorted((path for path in glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True) if "prompt_small" not in path), key=os.path.getmtime)
+        init_from = runs[-1] if runs else die("image= needs an adapter (init_from=), or a model (paligemma=): `python paligemma_prompt.py` makes both")
+    if init_from.endswith(".safetensors"):
+        saved, about = load_adapter(init_from)
+        config = configure(globals(), about | dict(init_from=init_from))
+    builtin = None
+    if not (paligemma or stack or memory):
+        config, builtin = configure(globals(), BUILTIN), True
+    for name, allowed in dict(prompt=("hard", "soft"), train=("none", "attention", "lora", "all"), place=PLACES).items():
+        if config[name] not in allowed:
+            die(f"{name}={config[name]}: {', '.join(allowed)}")
+    if sorted(order.split(",")) != ["bos", "image", "prompt"] or min(n_soft, lora_rank, batch_size) < 1:
+        die(f"order={order} n_soft={n_soft} lora_rank={lora_rank} batch_size={batch_size}: order has image, bos and prompt, each once; numbers are 1 or more")
+    if stack and not (siglip and gemma) or not (memory or builtin or image or data):
+        die("stack=True needs siglip= and gemma=, the checkpoints to build from" if stack else "data= is missing: a folder in COCO's layout")
+    _, world, device, _ = me = setup(device, dtype)
+    if world > 1:
+        die("what is trained here is small: run it as one process, without torchrun")
+    me = me._replace(autocast=nullcontext())  # our layers know themselves what is in which precision
+    frozen = torch.bfloat16 if dtype == "bfloat16" or dtype is None and "cuda" in device else torch.float32
+    way = dict(prompt=prompt, n_soft=n_soft, place=place, order=order, train=train, lora_rank=lora_rank, stack=stack)
+    t_start = time.time()
+
+    if memory:
+        print(f"a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in bfloat16: GiB of memory, weights and all, "
+              f"{'measured on ' + torch.cuda.get_device_name() if 'cuda' in device else 'computed on fake tensors'}\n\n{'':24} |    B=1 |    B=4 |    B=8")
+        for label, some in {"soft prompt": dict(prompt="soft"), "attention (SGD)": dict(train="attention"), "LoRA": dict(train="lora"),
+                            "stack: LoRA + projector": dict(train="lora", stack=True)}.items():
+            print(f"{label:24} | " + " | ".join(f"{step_memory(SimpleNamespace(**FULL), B, device, **some):6.2f}" for B in (1, 4, 8)), flush=True)
+        sys.exit(0)
+
+    if builtin:
+        print("No PaliGemma was named (paligemma=), so a small one is made here, from nothing, taught to caption drawn scenes, and then prompted: this shows the\n"
+              "machinery at work, not what PaliGemma can do. What is on disk already is not made again.", flush=True)
+        for world_, shares in WORLDS.items():
+            if not os.path.exists(f"data/{world_}/annotations/captions_val2017.json"):
+                draw_shapes(f"data/{world_}", 3000, seed, 1, drawn_world(*shares))
+        if not os.path.exists(BUILTIN["paligemma"]):
+            run("paligemma_prompt.py", *PRETRAIN)
+
+    if compare:
+        folder, rows = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data))}_all", []
+        for label, some in WAYS.items():
+            mine = os.path.join(folder, re.sub(r"\W+", "_", label))
+            run("paligemma_prompt.py", *(f"{k}={v}" for k, v in (config | some | dict(compare=False, out_dir=mine)).items() if v is not None))
+            rows.append(json.load(open(f"{mine}/results.json")) | dict(way=label, log=f"{mine}/log.csv"))
+        save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
+        logs = {r["way"]: read_log(r["log"]) for r in rows}
+        plot(f"{folder}/curves.png", {title: {label: curve(log, key) for label, log in logs.items()} for title, key in
+                                      {"loss (nats a token)": "loss", "perplexity of held-out captions": "perplexity"}.items()})
+        draw_comparison(f"{folder}/comparison.png", rows)
+        print(f"\n{results_table(rows)}\n\nlook at {folder}/comparison.png, curves.png and each run's captions.png; {time.time() - t_start:.0f} s in all")
+        sys.exit(0)
+
+    # ---- the model, and what of it is trained
+    kind = "stack" if stack else prompt if train == "none" else train
+    out_dir = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data or 'zero-shot'))}_{kind}" + (f"_{place}" if prompt == "soft" else "")
+    source, folders = gemma if stack else paligemma, (data or "").split(",")
+    os.makedirs(out_dir, exist_ok=True)
+    if not image:
+        show(config | dict(out_dir=out_dir))
+    torch.manual_seed(seed)
+    if source == "small":
+        from sentencepiece import SentencePieceTrainer
+
+        tokenizer = os.path.join(out_dir, "tokenizer.model")  # as Gemma's: words as they stand, bytes for what it does not know, "\n" a token by itself
+        SentencePieceTrainer.train(sentence_iterator=(text for folder in folders for said in load_captions(folder, "train2017")[1] for text in said), model_prefix=tokenizer[:-6],
+                                   model_type="bpe", vocab_size=SMALL["vocab_size"], byte_fallback=True, user_defined_symbols=["\n"], add_dummy_prefix=False,
+                                   remove_extra_whitespaces=False, normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
+        c = SimpleNamespace(**SMALL)
+        model = random_model(c, device)
+    else:
+        c, *_ = describe(source, siglip if stack else None)
+        if c.n_embd > 1000:
+            check_memory(c, device, frozen, batch_size, way)
+        model = PaliGemma.from_pretrained(source, device, frozen, siglip if stack else None)
+        folder = os.path.join("pretrained", source.replace("/", "_")) if not os.path.exists(source) else source if os.path.isdir(source) else os.path.dirname(source)
+        tokenizer = tokenizer or os.path.join(folder, "tokenizer.model")
+    text = Tokenizer(tokenizer)
+    if not 0 <= c.vocab_size - text.n_vocab < 128:  # tables are padded, to a multiple of 64 or 128
+        die(f"{tokenizer} has {text.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows for them: they don't belong together")
+    prompts = [text.encode(prompt) + text.encode("\n") for prompt in words.split(",")]  # apart: "\n" must not melt into the last word
+    asked = Prompted(model, text.bos, prompts[0], **way)
+    total, trained = sum(p.numel() for p in asked.parameters()), asked.trained()
+    model.language_model.recompute = total > 1e9 if recompute is None else recompute
+    resumed = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
+    saved = resumed["trained"] if resumed else saved
+    if saved:
+        fit(init_from, {key: p.shape for key, p in trained.items()}, {key: tensor.shape for key, tensor in saved.items()})
+        for key, tensor in saved.items():
+            trained[key].data.copy_(tensor)
+
+    if image:
+        files = image.split(",")
+        pixels = torch.from_numpy(Pictures(files, c.image_size)[range(len(files))]).to(device)
+        captions = to_text(asked.generate(pixels, text.eot_token, max_length), text)
+        print("\n".join(f"{file}: {said}" for file, said in zip(files, captions)))
+        draw_captions(os.path.join(out_dir, "image.png"), [open_image(file) for file in files], captions, columns=min(4, len(files)))
+        print(f"drawn in {out_dir}/image.png")
+        sys.exit(0)
+
+    # ---- pictures and captions
+    split = "test2017" if os.path.exists(os.path.join(folders[0], "annotations", "captions_test2017.json")) else "val2017"
+    images, references, pictures = read_split(folders[0], split, c.image_size)
+    captions = TokenizedCaptions(references, text, max_length)
+    tasks = [(TokenizedCaptions(said, text, max_length), seen) for _, said, seen in (read_split(folder, "train2017", c.image_size) for folder in folders)]
+    few = min(256, len(references))
+    glance, glance_pictures = TokenizedCaptions([said[:1] for said in references[:few]], text, max_length), Pictures(pictures.files[:few], c.image_size)
+    optimizer = optimizer or ("sgd" if train == "attention" and c.n_embd > 1000 else "adamw")
+    learning_rate = learning_rate or RATES.get(kind, (0, 0))[c.n_embd < 1000]
+    max_steps, step = (0 if eval_only or not trained else max_steps), 0
+    optimizers = make_optimizer(asked, optimizer) if trained else []
+    if resumed:
+        resume_optimizers(optimizers, resumed, "ckpt.pt")
+        step = resumed["step"]
+    if cut := captions.cut + sum(said.cut for said, _ in tasks):
+        print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
+    n_trained = sum(p.numel() for p in trained.values())
+    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {sum(len(seen) for _, seen in tasks):,} pictures to train on, {len(images):,} to be judged by "
+          f"({split}) | {device}", flush=True)
+    log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "lr", "norm", "ms"], step)
+    if wandb_log:
+        import wandb
+        wandb.init(project="nanocaption", name=os.path.basename(out_dir), config=config)
+
+    # ---- the loop
+    t0, first_step = time.time(), step
+    while True:
+        row = dict(step=step)
+        asked.ask(prompts[0])
+        if step % eval_interval == 0 or step >= max_steps:
+            row["perplexity"] = perplexity(asked, glance_pictures, glance, me, batch_size=4 * batch_size)
+            print(f"step {step:5d}/{max_steps} | perplexity of {few} held-out captions {row['perplexity']:.3f}", flush=True)
+            if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
+                tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
+                about = {k: config[k] for k in ("paligemma", "tokenizer", "siglip", "gemma", "words", "max_length", *way)}
+                sizes = dict(text_config=dict(head_dim=c.head_dim, rope_theta=c.rope_theta), vision_config=dict(num_attention_heads=c.v_head))
+                content = safetensors.torch.save(tensors, dict(settings=json.dumps(about), config=json.dumps(sizes)))
+                save_atomically(os.path.join(out_dir, "adapter.safetensors"), lambda f: f.write(content))
+                save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(trained=tensors, optimizers=[opt.state_dict() for opt in optimizers], step=step,
+                                                                       settings=config | dict(optimizer=optimizer)))
+        if step >= max_steps:
+            break
+        t1 = time.time()
+        said, seen = tasks[step % len(tasks)]
+        asked.ask(prompts[step % len(prompts)])
+        which, chosen = training_batch(step, batch_size, said, seed)
+        idx, targets = said.batch(chosen, device)
+        loss = asked(idx, gather(seen, which, device), targets) / (targets >= 0).sum()
+        loss.backward()
+        lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
+        norm = float(take_step(asked, optimizers, lr, grad_clip))
+        row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=(time.time() - t1) * 1000)
+        log.add(**row)
+        if wandb_log:
+            wandb.log(row, step=step)
+        if step % log_interval == 0 or step == max_steps - 1:
+            left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
+            print(f"step {step:5d}/{max_steps} | loss {row['loss']:.4f} | norm {norm:.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | {left / 60:.1f} min left", flush=True)
+        step += 1
+
+    # ---- judged on the whole split
+    said = caption_split(asked, pictures, text, max_length, me, batch_size=4 * batch_size)
+    right, wrong = (perplexity(asked, pictures, captions, me, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
+    log.add(**row)
+    scores, _ = score(said, references)
+    ms = [r["ms"] for r in log.rows if r.get("ms")]
+    peak = torch.cuda.max_memory_allocated() if "cuda" in device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms)) / 1000 if ms else 0.0, perplexity=right,
+                   perplexity_wrong_picture=wrong, **scores, step=step, split=split, settings=config)
+    coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
+    for file, content in (("results.json", results), (f"captions_{split}.json", coco_results)):
+        save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))
+    plot(os.path.join(out_dir, "curves.png"), {"loss (nats a token)": {"train": curve(log.rows, "loss")},
+                                               "perplexity of held-out captions": {"": curve(log.rows, "perplexity")}})
+    draw_captions(os.path.join(out_dir, "captions.png"), [open_image(file) for file in pictures.files[:12]],
+                  [f"{caption}\n({refs[0]})" for caption, refs in zip(said, references)])
+    print("\ncaptions of pictures it was not trained on, and what a person said:")
+    for caption, refs in list(zip(said, references))[:5]:
+        print(f"  {caption:<62} | {refs[0]}")
+    print(f"\n{results_table([results])}\n{', '.join(f'{metric} {100 * value:.1f}' for metric, value in scores.items())}\n"
+          f"look at {out_dir}/captions.png, curves.png; {time.time() - t_start:.0f} s")
