@@ -105,7 +105,7 @@ wandb_log = False           # mirror the log to Weights & Biases
 PLACES = ("before_image", "after_image", "after_bos", "before_suffix")
 WAYS = {"hard, zero-shot": dict(prompt="hard", train="none"), "hard + attention": dict(prompt="hard", train="attention"),
         **{f"soft, {place}": dict(prompt="soft", train="none", place=place) for place in PLACES}, "hard + LoRA": dict(prompt="hard", train="lora")}
-RATES = dict(soft=(1e-2, 1e-2), attention=(0.03, 3e-3), lora=(2e-4, 2e-3), stack=(5e-4, 2e-3), all=(1e-5, 8e-3))  # for PaliGemma, for the small one
+RATES = dict(soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 2e-3), stack=(5e-4, 2e-3), all=(1e-5, 8e-3))  # for PaliGemma, for the small one
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the prefix, T of all, S = cached + T; D = n_embd;
@@ -780,13 +780,13 @@ if __name__ == "__main__":
     kind = "stack" if stack else prompt if train == "none" else train
     out_dir = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data or 'zero-shot'))}_{kind}" + (f"_{place}" if prompt == "soft" else "")
     source, folders = gemma if stack else paligemma, (data or "").split(",")
-    os.makedirs(out_dir, exist_ok=True)
     if not image:
         show(config | dict(out_dir=out_dir))
     torch.manual_seed(seed)
     if source == "small":
         from sentencepiece import SentencePieceTrainer
 
+        os.makedirs(out_dir, exist_ok=True)
         tokenizer = os.path.join(out_dir, "tokenizer.model")  # as Gemma's: words as they stand, bytes for what it does not know, "\n" a token by itself
         SentencePieceTrainer.train(sentence_iterator=(text for folder in folders for said in load_captions(folder, "train2017")[1] for text in said), model_prefix=tokenizer[:-6],
                                    model_type="bpe", vocab_size=SMALL["vocab_size"], byte_fallback=True, user_defined_symbols=["\n"], add_dummy_prefix=False,
@@ -809,6 +809,7 @@ if __name__ == "__main__":
     model.language_model.recompute = total > 1e9 if recompute is None else recompute
     resumed = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
     saved = resumed["trained"] if resumed else saved
+    os.makedirs(out_dir, exist_ok=True)
     if saved:
         fit(init_from, {key: p.shape for key, p in trained.items()}, {key: tensor.shape for key, tensor in saved.items()})
         for key, tensor in saved.items():
