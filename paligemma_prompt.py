@@ -278,10 +278,13 @@ class PaliGemma(nn.Module):
         with torch.device("meta"):
             model = cls(c)
         fit(name, {key: p.shape for key, p in model.named_parameters() if not (siglip and "projector" in key)}, shapes)
-        for part, _, stream, _ in sources:
-            for key, tensor in stream():
-                if key.startswith(part):
-                    put(model, key, tensor.to(device, dtype, copy=True))
+        try:
+            for part, _, stream, _ in sources:
+                for key, tensor in stream():
+                    if key.startswith(part):
+                        put(model, key, tensor.to(device, dtype, copy=True))
+        except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
+            die(f"{name} is damaged ({problem}): get it anew")
         if siglip:  # the final norm leaves sum(w^2 + b^2) of squares in a token, whatever the picture: so image tokens can be born at the size of words
             norm, words = model.vision_tower.post_layernorm, model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
             size = words.square().mean().sqrt() / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
@@ -316,14 +319,12 @@ def describe(name, siglip=None):
 
 
 def open_checkpoint(name):
-    from safetensors import SafetensorError
-
     if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
     try:
         path = name if os.path.exists(name) else fetch(name)
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (OSError, ValueError, LookupError, AssertionError, SafetensorError, zipfile.BadZipFile) as problem:
+    except (OSError, ValueError, LookupError, AssertionError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
         die(f"{name} is not a whole checkpoint, in safetensors with a config.json or in big_vision's .npz ({type(problem).__name__}: {problem})")
 
 
@@ -340,14 +341,12 @@ def fetch(name):
 
 def open_safetensors(path):
     """A folder in Hugging Face's layout, one file or shards, or a single file with its config.json beside it."""
-    from safetensors import safe_open
-
     folder, files = (path, ["model.safetensors"]) if os.path.isdir(path) else os.path.split(path)
     index = os.path.join(folder, "model.safetensors.index.json")
     files = [files] if files != ["model.safetensors"] else sorted(set(json.load(open(index))["weight_map"].values())) if os.path.exists(index) else files
     where, shapes = {}, {}
     for file in (os.path.join(folder, file) for file in files):
-        with safe_open(file, "pt") as f:
+        with safetensors.safe_open(file, "pt") as f:
             metadata = f.metadata()
             for key in f.keys():
                 if name := our_name(key):
@@ -355,7 +354,7 @@ def open_safetensors(path):
 
     def stream():
         for name in sorted(where, key=lambda name: "embed" not in name):  # the table first: while it is converted, it is in memory twice
-            with safe_open(where[name][0], "pt") as f:  # opened anew each time: what was read of a mapped file counts as ours until it is closed
+            with safetensors.safe_open(where[name][0], "pt") as f:  # opened anew each time: what was read of a mapped file counts as ours until it is closed
                 yield name, f.get_tensor(where[name][1])
 
     config = os.path.join(folder, "config.json")  # a model that was trained whole here carries its own
@@ -373,34 +372,23 @@ def our_name(key):
     return None if useless else key
 
 
-T, HEADS_IN = (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))  # (in, out) -> (out, in); (heads, in, E) -> (heads * E, in)
-OUT, IN = (lambda w: w.flatten(0, 1).mT), (lambda w: w.flatten(1).mT)  # (heads, E, out) -> (out, heads * E); (in, heads, E) -> (heads * E, in)
-BIG_VISION = [  # its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours. Blocks ({}) hold all layers, stacked
-    ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),
-    ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
-    ("img/Transformer/encoderblock/LayerNorm_0", "vision_tower.encoder.layers.{}.layer_norm1", None),
-    ("img/Transformer/encoderblock/LayerNorm_1", "vision_tower.encoder.layers.{}.layer_norm2", None),
-    ("img/Transformer/encoderblock/MlpBlock_0/Dense_0", "vision_tower.encoder.layers.{}.mlp.fc1", T),
-    ("img/Transformer/encoderblock/MlpBlock_0/Dense_1", "vision_tower.encoder.layers.{}.mlp.fc2", T),
-    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query", "vision_tower.encoder.layers.{}.self_attn.q_proj", IN),
-    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/key", "vision_tower.encoder.layers.{}.self_attn.k_proj", IN),
-    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/value", "vision_tower.encoder.layers.{}.self_attn.v_proj", IN),
-    ("img/Transformer/encoderblock/MultiHeadDotProductAttention_0/out", "vision_tower.encoder.layers.{}.self_attn.out_proj", OUT),
-    ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", None),
-    ("img/head", "multi_modal_projector.linear", T),
-    ("llm/embedder/input_embedding", "language_model.embed_tokens", None),
-    ("llm/layers/attn/q_einsum", "language_model.layers.{}.self_attn.q_proj", HEADS_IN),
-    ("llm/layers/attn/kv_einsum", "language_model.layers.{}.self_attn.k_proj", lambda w: HEADS_IN(w[0])),
-    ("llm/layers/attn/kv_einsum", "language_model.layers.{}.self_attn.v_proj", lambda w: HEADS_IN(w[1])),
-    ("llm/layers/attn/attn_vec_einsum", "language_model.layers.{}.self_attn.o_proj", OUT),
-    ("llm/layers/mlp/gating_einsum", "language_model.layers.{}.mlp.gate_proj", lambda w: w[0].mT),
-    ("llm/layers/mlp/gating_einsum", "language_model.layers.{}.mlp.up_proj", lambda w: w[1].mT),
-    ("llm/layers/mlp/linear", "language_model.layers.{}.mlp.down_proj", T),
-    ("llm/layers/pre_attention_norm", "language_model.layers.{}.input_layernorm", None),
-    ("llm/layers/post_attention_norm", "language_model.layers.{}.post_attention_layernorm", None),
-    ("llm/layers/pre_ffw_norm", "language_model.layers.{}.pre_feedforward_layernorm", None),
-    ("llm/layers/post_ffw_norm", "language_model.layers.{}.post_feedforward_layernorm", None),
-    ("llm/final_norm", "language_model.norm", None)]
+SAME, FLIP, HEADS_IN = (lambda w: w), (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))  # (in, out) and (heads, in, E) -> (out, in), with out = heads * E
+OUT, IN = (lambda w: w.flatten(0, 1).mT), (lambda w: w.flatten(1).mT)  # (heads, E, out) and (in, heads, E) -> (out, in)
+BIG_VISION = {  # {(its prefix, ours): [(its name without /kernel, /scale or /w, ours without .weight, how its array becomes ours)]}; {} = all layers, stacked
+    ("img/", ""): [
+        ("embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)), ("head", "multi_modal_projector.linear", FLIP),
+        ("pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]), ("Transformer/encoder_norm", "vision_tower.post_layernorm", SAME)],
+    ("img/Transformer/encoderblock/", "vision_tower.encoder.layers.{}."): [
+        ("LayerNorm_0", "layer_norm1", SAME), ("LayerNorm_1", "layer_norm2", SAME), ("MlpBlock_0/Dense_0", "mlp.fc1", FLIP), ("MlpBlock_0/Dense_1", "mlp.fc2", FLIP),
+        *((f"MultiHeadDotProductAttention_0/{name}", f"self_attn.{name[0]}_proj", IN) for name in ("query", "key", "value")),
+        ("MultiHeadDotProductAttention_0/out", "self_attn.out_proj", OUT)],
+    ("llm/", "language_model."): [("embedder/input_embedding", "embed_tokens", SAME), ("final_norm", "norm", SAME)],
+    ("llm/layers/", "language_model.layers.{}."): [
+        ("attn/q_einsum", "self_attn.q_proj", HEADS_IN), ("attn/attn_vec_einsum", "self_attn.o_proj", OUT), ("mlp/linear", "mlp.down_proj", FLIP),
+        ("attn/kv_einsum", "self_attn.k_proj", lambda w: HEADS_IN(w[0])), ("attn/kv_einsum", "self_attn.v_proj", lambda w: HEADS_IN(w[1])),
+        ("mlp/gating_einsum", "mlp.gate_proj", lambda w: w[0].mT), ("mlp/gating_einsum", "mlp.up_proj", lambda w: w[1].mT),
+        ("pre_attention_norm", "input_layernorm", SAME), ("post_attention_norm", "post_attention_layernorm", SAME),
+        ("pre_ffw_norm", "pre_feedforward_layernorm", SAME), ("post_ffw_norm", "post_feedforward_layernorm", SAME)]}
 
 
 def open_npz(path):
@@ -417,8 +405,8 @@ def open_npz(path):
     for name in names:
         key = name.removesuffix(".npy").removeprefix("params/")
         base, _, leaf = key.rpartition("/")
-        rows = [(ours + ".bias", torch.flatten) if leaf == "bias" else (ours + ".weight", how or torch.clone) for theirs, ours, how in BIG_VISION
-                if theirs == (base if leaf in ("kernel", "bias", "scale", "w") else key)]
+        rows = [(prefix + ours + ".bias", torch.flatten) if leaf == "bias" else (prefix + ours + ".weight", how) for (start, prefix), block in BIG_VISION.items()
+                for theirs, ours, how in block if start + theirs == (base if leaf in ("kernel", "bias", "scale", "w") else key)]
         if not gemma2:  # Gemma 1's norm before the MLP goes by another name
             rows = [(ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows]
         with archive.open(name) as f:
@@ -426,7 +414,7 @@ def open_npz(path):
         layers = shape[0] if rows and "{}" in rows[0][0] else None
         one = shape if layers is None else shape[1:]
         members.append((name, rows, layers or 1, one, kind))
-        for ours, how in rows or [(key, torch.clone)]:  # an unknown key keeps its name, and `fit` will say it
+        for ours, how in rows or [(key, SAME)]:  # an unknown key keeps its name, and `fit` will say it
             shapes |= {ours.format(i): how(torch.empty(one, device="meta")).shape for i in range(layers or 1)}
         if base.endswith("q_einsum"):
             said["text_config"]["head_dim"] = shape[-1]
@@ -548,12 +536,10 @@ def make_optimizer(asked, name):
 
 def load_adapter(path):
     """-> what was trained, {name: tensor}, and the settings that it was trained with."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "pt") as f:
+        with safetensors.safe_open(path, "pt") as f:
             return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["settings"])
-    except (OSError, SafetensorError, KeyError, TypeError) as problem:
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as problem:
         die(f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: {problem})")
 
 
@@ -587,10 +573,7 @@ class Pictures:
         return len(self.files)
 
     def read(self, number):
-        picture = open_image(self.files[number])
-        if 0 in picture.size:
-            die(f"{self.files[number]} is a picture of {picture.width} x {picture.height} pixels")
-        squeezed = picture.resize((self.size, self.size), Image.BICUBIC)  # not cropped: as PaliGemma was trained
+        squeezed = open_image(self.files[number]).resize((self.size, self.size), Image.BICUBIC)  # not cropped: as PaliGemma was trained
         return np.asarray(squeezed, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def __getitem__(self, numbers):

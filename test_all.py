@@ -1147,7 +1147,7 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
     ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption without a word, such as 000001.jpg"),
     ("paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors", "soft is (10, 64) instead of (10, 128)"),
     ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "not an adapter"),
-    ("paligemma=base/adapter.safetensors data=flat prompt=soft", "is not a readable picture"),
+    ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
     ("paligemma=nowhere data=aerial", "no such file or folder"),
     ("stack=True data=aerial", "siglip= and gemma="),
     ("paligemma=base/adapter.safetensors", "data= is missing"),
@@ -1163,8 +1163,7 @@ def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monk
             shutil.copytree(prompted / "aerial", prompted / folder)
         path = prompted / "silent/annotations/captions_train2017.json"
         path.write_text(path.read_text().replace('"caption": "', '"caption": " ", "was": "', 1))
-        for name in os.listdir(prompted / "flat/train2017"):
-            (prompted / "flat/train2017" / name).write_bytes(b"P6 0 0 255\n")  # a picture of no pixels
+        (prompted / "flat/val2017/000001.jpg").write_bytes(b"P6 0 0 255\n")  # a picture of no pixels
         _, about = paligemma_prompt.load_adapter(str(prompted / "soft/adapter.safetensors"))
         save_file({"soft": torch.zeros(10, 64)}, prompted / "wide.safetensors", dict(settings=json.dumps(about)))
     with pytest.raises(SystemExit) as stop:
