@@ -225,7 +225,7 @@ class Gemma(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, self.recompute = c, False
+        self.c, self.recompute, self.n_words = c, False, min(c.vocab_size, 257_152)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c.n_layer)])
         self.norm = RMSNorm(c.n_embd, c.eps)
@@ -249,8 +249,8 @@ class Gemma(nn.Module):
         return x
 
     def head(self, x):
-        """Hidden states (..., D) -> logits in fp32, from the unscaled table. In Hugging Face's files it is padded: <image> and what follows are no words."""
-        logits, cap = F.linear(self.norm(x), self.embed_tokens.weight[:257_152]).float(), self.c.final_softcap
+        """Hidden states (..., D) -> logits in fp32, from the unscaled table, whose rows after the tokenizer's last word (<image>, padding) stand for nothing."""
+        logits, cap = F.linear(self.norm(x), self.embed_tokens.weight[:self.n_words]).float(), self.c.final_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -786,6 +786,7 @@ if __name__ == "__main__":
     text = Tokenizer(tokenizer)
     if not 0 <= c.vocab_size - text.n_vocab < 128:  # tables are padded, to a multiple of 64 or 128
         die(f"{tokenizer} has {text.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows for them: they don't belong together")
+    model.language_model.n_words = text.n_vocab
     prompts = [text.encode(prompt) + text.encode("\n") for prompt in words.split(",")]  # apart: "\n" must not melt into the last word
     asked = Prompted(model, text.bos, prompts[0], **way)
     total, trained = sum(p.numel() for p in asked.parameters()), asked.trained()
@@ -812,8 +813,9 @@ if __name__ == "__main__":
     images, references, pictures = read_split(folders[0], split, c.image_size)
     captions = TokenizedCaptions(references, text, max_length)
     tasks = [(TokenizedCaptions(said, text, max_length), seen) for _, said, seen in (read_split(folder, "train2017", c.image_size) for folder in folders)]
-    few = min(256, len(references))
-    glance, glance_pictures = TokenizedCaptions([said[:1] for said in references[:few]], text, max_length), Pictures(pictures.files[:few], c.image_size)
+    watched = "val2017" if os.path.exists(os.path.join(folders[0], "annotations", "captions_val2017.json")) else split
+    _, val_said, val_pictures = read_split(folders[0], watched, c.image_size)
+    glance, val_pictures.files = TokenizedCaptions([said[:1] for said in val_said[:256]], text, max_length), val_pictures.files[:256]  # one caption each
     optimizer = optimizer or ("sgd" if train == "attention" and c.n_embd > 1000 else "adamw")
     learning_rate = learning_rate or RATES.get(kind, (0, 0))[c.n_embd < 1000]
     max_steps, step = (0 if eval_only or not trained else max_steps), 0
@@ -837,8 +839,8 @@ if __name__ == "__main__":
         row = dict(step=step)
         asked.ask(prompts[0])
         if step % eval_interval == 0 or step >= max_steps:
-            row["perplexity"] = perplexity(asked, glance_pictures, glance, me, batch_size=4 * batch_size)
-            print(f"step {step:5d}/{max_steps} | perplexity of {few} held-out captions {row['perplexity']:.3f}", flush=True)
+            row["perplexity"] = perplexity(asked, val_pictures, glance, me, batch_size=4 * batch_size)
+            print(f"step {step:5d}/{max_steps} | perplexity of {len(val_pictures)} held-out captions {row['perplexity']:.3f}", flush=True)
             if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
                 tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
                 about = {k: config[k] for k in ("paligemma", "tokenizer", "siglip", "gemma", "words", "max_length", *way)}
