@@ -51,7 +51,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -652,11 +652,13 @@ def check_memory(c, device, dtype, batch_size, way):
         free = int(re.search(r"MemAvailable: *(\d+)", open("/proc/meminfo").read())[1]) * 1024 if os.path.exists("/proc/meminfo") else math.inf
     soft = dict(prompt="soft")
     way = soft if way["prompt"] == "hard" and way["train"] == "none" and not way["stack"] else way  # what trains nothing takes a little less
-    tries = {"": (batch_size, dtype, way), "batch_size=1": (1, dtype, way), "prompt=soft train=none batch_size=1 dtype=bfloat16": (1, torch.bfloat16, soft)}
-    need = {hint: step_memory(c, B, "cpu", kind, **other) for hint, (B, kind, other) in tries.items()}
-    fits = [hint for hint in need if need[hint] < free / 2**30] + ["nothing here"]
-    if fits[0]:
-        die(f"a step would take {need['']:.1f} GiB, and {device} has {free / 2**30:.1f} free. What would fit: {fits[0]}")
+    need = step_memory(c, batch_size, "cpu", dtype, **way)
+    if need < free / 2**30:
+        return
+    for hint, kind, other in (("batch_size=1", dtype, way), ("prompt=soft train=none batch_size=1 dtype=bfloat16", torch.bfloat16, soft), ("nothing here", dtype, way)):
+        if step_memory(c, 1, "cpu", kind, **other) < free / 2**30:
+            break
+    die(f"a step would take {need:.1f} GiB, and {device} has {free / 2**30:.1f} free. What would fit: {hint}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,8 +675,8 @@ def drawn_world(pictures, words):
     """A style for draw_shapes: a share of pictures is seen from above, on the colours of the ground, a share of captions is in a surveyor's words."""
     def style(rng, picture, captions):
         if rng.random() < pictures:
-            ground = bytes(rng.randint(low, low + 90) for _ in range(64) for low in (110, 120, 70))
-            picture = ImageChops.multiply(picture, Image.frombytes("RGB", (8, 8), ground).resize((64, 64), Image.BICUBIC))
+            ground = Image.frombytes("L", (9, 9), rng.randbytes(81)).resize((64, 64), Image.BICUBIC)
+            picture = ImageChops.multiply(picture, ImageOps.colorize(ground, (150, 135, 100), (190, 215, 165)))  # from earth to grass
         return picture, [" ".join(FROM_ABOVE.get(word, word) for word in said.split()) if rng.random() < words else said for said in captions]
 
     return style
@@ -690,9 +692,10 @@ def draw_comparison(path, rows):
     """The table as bars."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
-    for ax, (title, key, scale) in zip(axes, (("trained parameters", "trained", 1), ("peak memory, GB", "peak_GB", 1), ("seconds a step", "seconds_per_step", 1),
-                                              ("BLEU-4 x 100", "Bleu_4", 100), ("CIDEr x 100", "CIDEr", 100))):
-        ax.bar_label(ax.barh([r["way"] for r in rows], [scale * r[key] for r in rows]), fmt="{:,.4g}", padding=2, fontsize=8)
+    for ax, (title, key, scale, form) in zip(axes, (("trained parameters", "trained", 1, ",.0f"), ("peak memory, GB", "peak_GB", 1, ".2f"),
+                                                    ("seconds a step", "seconds_per_step", 1, ".2f"), ("BLEU-4 x 100", "Bleu_4", 100, ".1f"),
+                                                    ("CIDEr x 100", "CIDEr", 100, ".1f"))):
+        ax.bar_label(ax.barh([r["way"] for r in rows], [scale * r[key] for r in rows]), fmt=f"{{:{form}}}", padding=2, fontsize=8)
         ax.set_title(title, fontsize=10)
         ax.margins(x=0.3)
     axes[0].invert_yaxis()
