@@ -668,7 +668,7 @@ FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", sta
 BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100, eval_interval=25, log_interval=25)
 WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))  # shares of pictures seen from above and of captions in a surveyor's words
 PRETRAIN = ("paligemma=small", "data=data/scenes,data/surveys", "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
-            *"out_dir=out/prompt_small train=all optimizer=muon batch_size=32 max_steps=500 eval_interval=250 log_interval=50".split())
+            *"out_dir=out/prompt_small train=all optimizer=muon batch_size=32 eval_interval=250 log_interval=50".split())
 
 
 def drawn_world(pictures, words):
@@ -746,7 +746,7 @@ if __name__ == "__main__":
             if not os.path.exists(f"data/{world_}/annotations/captions_val2017.json"):
                 draw_shapes(f"data/{world_}", 3000, seed, 1, drawn_world(*shares))
         if not os.path.exists(BUILTIN["paligemma"]):
-            run("paligemma_prompt.py", *PRETRAIN)
+            run("paligemma_prompt.py", *PRETRAIN, f"max_steps={5 * max_steps}")
 
     if compare:
         folder, rows = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data))}_all", []

@@ -1119,6 +1119,16 @@ def test_a_soft_prompt_is_small_and_knows_where_it_belongs(prompted, monkeypatch
         assert Image.open(prompted / name).size[0] > 200
 
 
+def test_a_stack_trains_its_projector_and_is_loaded_again(prompted, monkeypatch):
+    parts = "stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors"
+    inside(f"{parts} data=aerial train=lora order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
+    tensors, about = paligemma_prompt.load_adapter(str(prompted / "stack/adapter.safetensors"))
+    assert len(tensors) == 4 * 7 * 2 + 2 and about["order"] == "bos,prompt,image" and about["siglip"] == "base/adapter.safetensors"
+    inside("init_from=stack/adapter.safetensors data=aerial eval_only=True out_dir=stack_again device=cpu", prompted, monkeypatch)
+    was, again = (json.load(open(prompted / f"{name}/results.json"))["perplexity"] for name in ("stack", "stack_again"))
+    assert again == pytest.approx(was, rel=1e-6)
+
+
 def test_adapting_resumes_exactly(prompted, monkeypatch):
     run_ = "paligemma=base/adapter.safetensors data=aerial prompt=soft batch_size=8 eval_interval=2 device=cpu min_lr=0.01 "
     inside(run_ + "out_dir=whole max_steps=4", prompted, monkeypatch)
