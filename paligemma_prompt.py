@@ -1,8 +1,8 @@
-"""
+r"""
 What a prompt can do: PaliGemma in plain PyTorch, and the cheapest ways to make it write captions of another kind, inside 16 GB.
 
-    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, a few minutes on a laptop
-    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc prompt=soft place=after_image    # one GPU with 8 GB
+    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, in minutes on a laptop
+    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc prompt=soft place=after_image    # one GPU
     python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc compare=True    # seven ways, one table
     python paligemma_prompt.py stack=True siglip=google/siglip-so400m-patch14-224 gemma=google/gemma-2b data=data/risc train=lora
     python paligemma_prompt.py init_from=out/prompt_risc_soft_after_image/adapter.safetensors image=a.jpg,b.png
@@ -86,7 +86,7 @@ gemma = None                # for stack: where Gemma and its tokenizer come from
 compare = False             # zero-shot, attention, soft at each place, LoRA at equal steps: a table and a plot
 memory = False              # only report what one step of each way takes at full size
 image = None                # caption these pictures (a,b,...) with init_from's adapter, the newest by default
-batch_size = 8              # pictures a step, over all processes; each with one of its captions, drawn anew each epoch
+batch_size = 8              # pictures a step; each with one of its captions, drawn anew each epoch
 max_length = 64             # longest caption, in tokens; the rest is cut, counted and said
 optimizer = None            # adamw, muon, sgd; None = sgd for train=attention, which spares two fp32 copies (as Google's notebook), else adamw
 learning_rate = None        # the peak; None = RATES below
@@ -667,6 +667,7 @@ def check_memory(c, device, dtype, batch_size, way):
 FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain", cross="airplane", picture="satellite view")
 BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100, eval_interval=25, log_interval=25)
 WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))  # shares of pictures seen from above and of captions in a surveyor's words
+# asked in six ways, of which every other means the surveyor's words: a model that has met one prompt only learns to ignore it, and none will steer it
 PRETRAIN = ("paligemma=small", "data=data/scenes,data/surveys", "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
             *"out_dir=out/prompt_small train=all optimizer=muon batch_size=32 eval_interval=250 log_interval=50".split())
 
