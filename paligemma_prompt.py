@@ -798,7 +798,7 @@ if __name__ == "__main__":
     resumed = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
     saved = resumed["trained"] if resumed else saved
     os.makedirs(out_dir, exist_ok=True)
-    if saved:
+    if saved and trained:
         fit(init_from, {key: p.shape for key, p in trained.items()}, {key: tensor.shape for key, tensor in saved.items()})
         for key, tensor in saved.items():
             trained[key].data.copy_(tensor)
@@ -847,10 +847,12 @@ if __name__ == "__main__":
             print(f"step {step:5d}/{max_steps} | perplexity of {len(val_pictures)} held-out captions {row['perplexity']:.3f}", flush=True)
             if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
                 tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
+                file = os.path.join(out_dir, "adapter.safetensors")
                 about = {k: config[k] for k in ("paligemma", "tokenizer", "siglip", "gemma", "words", "max_length", *way)}
+                about |= dict(paligemma=file, train="none") if train == "all" else {}  # then it is a model of its own
                 sizes = dict(text_config=dict(head_dim=c.head_dim, rope_theta=c.rope_theta), vision_config=dict(num_attention_heads=c.v_head))
                 content = safetensors.torch.save(tensors, dict(settings=json.dumps(about), config=json.dumps(sizes)))
-                save_atomically(os.path.join(out_dir, "adapter.safetensors"), lambda f: f.write(content))
+                save_atomically(file, lambda f: f.write(content))
                 save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(trained=tensors, optimizers=[opt.state_dict() for opt in optimizers], step=step,
                                                                        settings=config | dict(optimizer=optimizer)))
         if step >= max_steps:

@@ -1115,7 +1115,8 @@ def test_a_soft_prompt_is_small_and_knows_where_it_belongs(prompted, monkeypatch
     again = json.load(open(prompted / "again/results.json"))
     assert again["perplexity"] == pytest.approx(results["perplexity"], rel=1e-6) and again["CIDEr"] == results["CIDEr"]
     inside("init_from=soft/adapter.safetensors image=aerial/val2017/000001.jpg,aerial/val2017/000002.jpg out_dir=again device=cpu", prompted, monkeypatch)
-    for name in ("soft/captions.png", "soft/curves.png", "again/image.png"):
+    inside("init_from=base/adapter.safetensors image=aerial/val2017/000001.jpg out_dir=whole_model device=cpu", prompted, monkeypatch)  # trained whole: a model
+    for name in ("soft/captions.png", "soft/curves.png", "again/image.png", "whole_model/image.png"):
         assert Image.open(prompted / name).size[0] > 200
 
 
