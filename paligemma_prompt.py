@@ -765,6 +765,8 @@ if __name__ == "__main__":
 
     # ---- the model, and what of it is trained
     kind = "stack" if stack else prompt if train == "none" else train
+    if image and init_from.endswith(".safetensors"):
+        out_dir = out_dir or os.path.dirname(init_from)
     out_dir = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data or 'zero-shot'))}_{kind}" + (f"_{place}" if prompt == "soft" else "")
     source, folders = gemma if stack else paligemma, (data or "").split(",")
     if not image:
