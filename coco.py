@@ -380,9 +380,10 @@ def draw_scene(rng, scene):
     return picture.resize((64, 64), Image.BOX)
 
 
-def draw_shapes(data, n_train, seed):
+def draw_shapes(data, n_train, seed, n_objects=None, style=None):
     """
-    Writes a data set of scenes in COCO's layout, and train_captions.txt with the training captions alone.
+    Writes a data set of scenes in COCO's layout, and train_captions.txt with the training captions alone. `n_objects` keeps only scenes of so many;
+    `style(rng, picture, captions)` may return another picture and other captions.
     A tenth of all possible scenes (what is in them and where, in either order) is kept for validation: none of those is ever trained on.
     """
     rng, counts = random.Random(seed), dict(train2017=n_train, val2017=max(1, n_train // 20))
@@ -395,12 +396,15 @@ def draw_shapes(data, n_train, seed):
         held_out = random.Random(min(true_captions(scene)[0])).random() < 0.1  # one sentence names the scene, whichever object comes first
         split = SPLITS[held_out]
         images, annotations = sets[split]["images"], sets[split]["annotations"]
-        if len(images) == counts[split]:
+        if len(images) == counts[split] or n_objects not in (None, len(scene["objects"])):
             continue
         image = dict(id=len(images) + 1 + held_out * 1_000_000, file_name=f"{len(images) + 1:06d}.jpg", width=64, height=64, scene=scene)
-        draw_scene(rng, scene).save(os.path.join(data, split, image["file_name"]), quality=95, subsampling=0)
-        for pattern in rng.sample(true_captions(scene), 5):
-            said = pattern[int(len(pattern) * rng.random() ** 3)]  # the first are the likeliest: people begin with what is left or on top
+        picture = draw_scene(rng, scene)  # of each caption, the first form is the likeliest: people begin with what is left or on top
+        captions = [pattern[int(len(pattern) * rng.random() ** 3)] for pattern in rng.sample(true_captions(scene), 5)]
+        if style:
+            picture, captions = style(rng, picture, captions)
+        picture.save(os.path.join(data, split, image["file_name"]), quality=95, subsampling=0)
+        for said in captions:
             annotations.append(dict(id=len(annotations) + 1 + held_out * 10_000_000, image_id=image["id"], caption=said))
         images.append(image)
         bar.update()

@@ -11,6 +11,8 @@ import itertools
 import json
 import os
 import random
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,11 +20,12 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 
@@ -30,8 +33,10 @@ import cider
 import coco
 import fineweb
 import hellaswag
+import paligemma_prompt
 import train_caption
 import train_gpt2
+from paligemma_prompt import PaliGemma, Prompted
 from train_caption import Captioner, TokenizedCaptions, training_batch
 from train_gpt2 import GPT, GPTConfig, Process
 
@@ -1444,3 +1449,465 @@ def test_bad_input_ends_with_one_line(trained, command, hint):
     before = {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}
     assert hint in run(command, trained, ok=False)
     assert before == {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}  # nothing half-written
+
+
+# ---- PaliGemma (paligemma_prompt.py)
+
+TINY = os.path.join(SHARED, "paligemma_tiny")
+HARD = [11, 12, 4]
+WAY = dict(prompt="soft", n_soft=5)
+
+
+def theirs(gemma2=False):
+    """transformers' PaliGemma, random, with attention sharp enough to tell masks apart; a PaliGemma 2 with tight caps."""
+    coco.mend_torchvision()
+    from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+
+    text = dict(model_type="gemma2" if gemma2 else "gemma", hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+                num_key_value_heads=2 if gemma2 else 1, vocab_size=90, hidden_activation="gelu_pytorch_tanh")
+    if gemma2:
+        text |= dict(query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    vision = dict(model_type="siglip_vision_model", hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=42,
+                  projection_dim=48, vision_use_head=False)
+    torch.manual_seed(int(gemma2))
+    config = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=89, projection_dim=48, hidden_size=48, vocab_size=90)
+    model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3)
+    return model
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["PaliGemma", "PaliGemma 2"])
+def reference(request, tmp_path_factory):
+    """(transformers' model, the folder it was saved in, pictures, the same batch as they and as we want it)."""
+    model, folder = theirs(request.param), str(tmp_path_factory.mktemp("reference"))
+    model.save_pretrained(folder)
+    pixels, suffix = torch.rand(2, 3, 42, 42) * 2 - 1, torch.tensor([[20, 21, 22, 23, 1], [30, 31, 1, 0, 0]])
+    ids = torch.cat([torch.tensor([[89] * 9 + [2] + HARD] * 2), suffix], 1)
+    ids_mask, targets = (torch.arange(18) < torch.tensor([[18], [16]])).long(), suffix.clone()
+    targets[1, 3:] = -100
+    kind = (torch.arange(18) >= 13).long().expand(2, -1)
+    return model, folder, pixels, ids, ids_mask, kind, targets
+
+
+def as_we_want_it(targets):
+    return torch.cat([torch.zeros(2, 1, dtype=torch.long), targets[:, :-1].clamp(min=0)], 1)
+
+
+def test_paligemma_equals_transformers(reference):
+    model, folder, pixels, ids, mask, kind, targets = reference
+    ours = Prompted(PaliGemma.from_pretrained(folder), 2, HARD)
+    labels = torch.cat([torch.full((2, 13), -100), targets], 1)
+    out = model(input_ids=ids, pixel_values=pixels, token_type_ids=kind, attention_mask=mask, labels=labels)
+    language = ours.model.language_model
+    with torch.no_grad():
+        logits = language.head(language(torch.cat([ours.prefix(pixels), language.embed(ids[:, 13:])], 1), 13))
+    torch.testing.assert_close(logits[mask > 0], out.logits[mask > 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours(as_we_want_it(targets), pixels, targets) / 8, out.loss, atol=1e-5, rtol=1e-5)
+    tokens = model.generate(input_ids=ids[:, :13], pixel_values=pixels, token_type_ids=kind[:, :13], attention_mask=mask[:, :13], max_new_tokens=8, do_sample=False,
+                            eos_token_id=None)
+    assert ours.generate(pixels, -1, 8).tolist() == tokens[:, 13:].tolist()
+
+
+@pytest.mark.parametrize("place, at", [("before_image", 0), ("after_image", 9), ("after_bos", 10), ("before_suffix", 13)])
+def test_soft_prompts_get_transformers_gradients(reference, place, at):
+    model, folder, pixels, ids, mask, kind, targets = reference
+    ours = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, place=place, **WAY)
+    rows = model.get_input_embeddings()(torch.tensor(HARD[:2]))  # scaled; without the "\n"
+    torch.testing.assert_close(ours.soft.detach(), rows[torch.arange(5) % 2].detach())
+    loss = ours(as_we_want_it(targets), pixels, targets) / 8
+    loss.backward()
+    soft = ours.soft.detach().clone().requires_grad_()
+    with torch.no_grad():
+        x = model.get_input_embeddings()(ids)
+        x[:, :9] = model.get_image_features(pixels).pooler_output
+    x = torch.cat([x[:, :at], soft.expand(2, -1, -1), x[:, at:]], 1)
+    out = model(inputs_embeds=x, token_type_ids=torch.cat([kind[:, :1]] * 5 + [kind], 1), attention_mask=torch.cat([mask[:, :1]] * 5 + [mask], 1),
+                labels=torch.cat([torch.full((2, 18), -100), targets], 1))
+    out.loss.backward()
+    torch.testing.assert_close(loss, out.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.soft.grad, soft.grad, atol=1e-5, rtol=1e-4)
+    assert soft.grad.abs().max() > 1e-3
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["", "legacy_names.safetensors", "big_vision.npz"])
+def test_paligemma_equals_the_oracle_in_every_format(name):
+    oracle = {k: torch.from_numpy(v) for k, v in np.load(os.path.join(TINY, "oracle.npz")).items()}
+    hard, pixels, targets = oracle["prefix_ids"][1:].tolist(), oracle["pixel_values"], oracle["labels"][:, 20:]
+    idx, n = torch.cat([torch.zeros(2, 1, dtype=torch.long), oracle["input_ids"][:, 20:-1]], 1), (targets >= 0).sum()
+    model = PaliGemma.from_pretrained(os.path.join(TINY, name))
+    ours, language = Prompted(model, 2, hard), model.language_model
+    with torch.no_grad():
+        logits = language.head(language(torch.cat([ours.prefix(pixels), language.embed(oracle["input_ids"][:, 20:])], 1), 20))
+    real = oracle["attention_mask"] > 0
+    torch.testing.assert_close(logits[real], oracle["train_logits"][real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours(idx, pixels, targets) / n, oracle["train_loss"], atol=1e-5, rtol=0)
+    assert ours.generate(pixels, -1, 12).equal(oracle["generated_ids"])
+    for place in paligemma_prompt.PLACES:
+        ours = Prompted(model, 2, hard, place=place, **WAY)
+        ours.soft.data = oracle["soft_prompt"].clone()
+        loss = ours(idx, pixels, targets) / n
+        loss.backward()
+        torch.testing.assert_close(loss, oracle[f"soft_{place}_loss"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.soft.grad, oracle[f"soft_{place}_grad"], atol=1e-5, rtol=0)
+
+
+def to_big_vision(model):
+    """The inverse of what open_npz does, from the shapes in big_vision's own code."""
+    c, arrays = model.config, {}
+    state = {k: p.detach().numpy() for k, p in model.named_parameters()}
+    heads = lambda w, n: w.reshape(n, -1, w.shape[1]).transpose(0, 2, 1)  # (n * E, in) -> (n, in, E)
+    stack = lambda part, i: np.stack([state[f"{part[0]}.layers.{layer}.{part[1]}"] for layer in range(i)])
+    tower, text = ("vision_tower.encoder", c.v_layer), ("language_model", c.n_layer)
+    put = lambda name, where, leaf, change=lambda w: w: arrays.__setitem__(name, np.stack([change(w) for w in stack((where[0], leaf), where[1])]))
+    block, E = "params/img/Transformer/encoderblock/", c.v_embd // c.v_head
+    for i in (0, 1):
+        put(f"{block}LayerNorm_{i}/scale", tower, f"layer_norm{i + 1}.weight")
+        put(f"{block}LayerNorm_{i}/bias", tower, f"layer_norm{i + 1}.bias")
+        put(f"{block}MlpBlock_0/Dense_{i}/kernel", tower, f"mlp.fc{i + 1}.weight", np.transpose)
+        put(f"{block}MlpBlock_0/Dense_{i}/bias", tower, f"mlp.fc{i + 1}.bias")
+    for name in ("query", "key", "value"):
+        put(f"{block}MultiHeadDotProductAttention_0/{name}/kernel", tower, f"self_attn.{name[0]}_proj.weight", lambda w: w.T.reshape(-1, c.v_head, E))
+        put(f"{block}MultiHeadDotProductAttention_0/{name}/bias", tower, f"self_attn.{name[0]}_proj.bias", lambda w: w.reshape(c.v_head, E))
+    put(f"{block}MultiHeadDotProductAttention_0/out/kernel", tower, "self_attn.out_proj.weight", lambda w: w.T.reshape(c.v_head, E, -1))
+    put(f"{block}MultiHeadDotProductAttention_0/out/bias", tower, "self_attn.out_proj.bias")
+    block = "params/llm/layers/"
+    put(block + "attn/q_einsum/w", text, "self_attn.q_proj.weight", lambda w: heads(w, c.n_head))
+    k, v = (np.stack([heads(w, c.n_kv_head) for w in stack(("language_model", f"self_attn.{name}_proj.weight"), c.n_layer)]) for name in "kv")
+    arrays[block + "attn/kv_einsum/w"] = np.stack([k, v], 1)
+    put(block + "attn/attn_vec_einsum/w", text, "self_attn.o_proj.weight", lambda w: w.T.reshape(c.n_head, c.head_dim, -1))
+    gate, up = (stack(("language_model", f"mlp.{name}_proj.weight"), c.n_layer).transpose(0, 2, 1) for name in ("gate", "up"))
+    arrays[block + "mlp/gating_einsum"] = np.stack([gate, up], 1)
+    put(block + "mlp/linear", text, "mlp.down_proj.weight", np.transpose)
+    put(block + "pre_attention_norm/scale", text, "input_layernorm.weight")
+    put(block + "pre_ffw_norm/scale", text, "pre_feedforward_layernorm.weight" if c.gemma2 else "post_attention_layernorm.weight")
+    if c.gemma2:
+        put(block + "post_attention_norm/scale", text, "post_attention_layernorm.weight")
+        put(block + "post_ffw_norm/scale", text, "post_feedforward_layernorm.weight")
+    arrays["params/llm/final_norm/scale"] = state["language_model.norm.weight"]
+    arrays["params/llm/embedder/input_embedding"] = state["language_model.embed_tokens.weight"]
+    arrays["params/img/embedding/kernel"] = state["vision_tower.embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0)
+    arrays["params/img/embedding/bias"] = state["vision_tower.embeddings.patch_embedding.bias"]
+    arrays["params/img/pos_embedding"] = state["vision_tower.embeddings.position_embedding.weight"][None]
+    for leaf in ("weight", "bias"):
+        arrays["params/img/head/" + ("kernel" if leaf == "weight" else "bias")] = state[f"multi_modal_projector.linear.{leaf}"].T
+        arrays["params/img/Transformer/encoder_norm/" + ("scale" if leaf == "weight" else "bias")] = state[f"vision_tower.post_layernorm.{leaf}"]
+    return {name: np.ascontiguousarray(w) for name, w in arrays.items()}
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_big_vision_files_load_in_every_precision(reference, kind, tmp_path):
+    model = PaliGemma.from_pretrained(reference[1])
+    if kind == "bfloat16":  # as numpy writes what it has no name for: two bytes, |V2
+        arrays = {k: torch.from_numpy(w).bfloat16().view(torch.int16).numpy().view("V2") for k, w in to_big_vision(model).items()}
+    else:
+        arrays = {k.removeprefix("params/") if kind == "float16" else k: w.astype(kind) for k, w in to_big_vision(model).items()}
+    (np.savez_compressed if kind == "float16" else np.savez)(tmp_path / "model.npz", **arrays)
+    again = PaliGemma.from_pretrained(str(tmp_path / "model.npz"))
+    assert {**vars(again.config), "query_scale": 0, "attn_softcap": 0, "final_softcap": 0} == {**vars(model.config), "query_scale": 0, "attn_softcap": 0, "final_softcap": 0}
+    for (key, a), b in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b.to(getattr(torch, kind)).float()), key
+
+
+def test_safetensors_may_be_sharded_and_config_incomplete(reference, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(os.path.join(reference[1], "model.safetensors"))
+    said = json.load(open(os.path.join(reference[1], "config.json")))
+    for part, names in dict(text_config=("hidden_size", "rms_norm_eps", "vocab_size", "rope_parameters", "num_hidden_layers"),
+                            vision_config=("hidden_size", "image_size", "intermediate_size", "patch_size")).items():
+        for name in names:
+            said[part].pop(name, None)
+    names = {k: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(state)}
+    for file in set(names.values()):
+        save_file({("model." + k if i % 3 else k): w for i, (k, w) in enumerate(state.items()) if names[k] == file} | {f"lm_head.{file[8]}": torch.zeros(2)}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=names)))
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    ours, again = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(str(tmp_path))
+    assert ours.config == again.config and all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("change, hints", [
+    (lambda s: s.pop("language_model.model.layers.1.mlp.up_proj.weight"), ["language_model.layers.1.mlp.up_proj.weight is missing"]),
+    (lambda s: s.update({"vision_tower.nose.weight": torch.zeros(3)}), ["vision_tower.nose.weight is unknown"]),
+    (lambda s: s.update({"multi_modal_projector.linear.weight": torch.zeros(48, 41)}), ["multi_modal_projector.linear.weight is (48, 41) instead of (48, 40)"]),
+    (lambda s: s.clear(), ["is missing", "not all of a PaliGemma"]),
+])
+def test_tensors_that_do_not_fit_are_named(reference, change, hints, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    state = {k.replace("vision_tower.vision_model.", "vision_tower."): w for k, w in load_file(os.path.join(reference[1], "model.safetensors")).items()}
+    change(state)
+    save_file(state, tmp_path / "model.safetensors")
+    shutil.copy(os.path.join(reference[1], "config.json"), tmp_path)
+    with pytest.raises(SystemExit):
+        PaliGemma.from_pretrained(str(tmp_path))
+    said = capsys.readouterr().err
+    assert all(hint in said for hint in hints), said
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no checkpoint at all"])
+@pytest.mark.parametrize("name", ["model.npz", "model.safetensors"])
+def test_broken_checkpoints_end_with_one_line(name, content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit):
+        PaliGemma.from_pretrained(str(tmp_path / name))
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of a process")
+def test_loading_holds_one_tensor_at_a_time(tmp_path):
+    """Both formats, in bfloat16: the process grows by less than the file and its largest tensor, which is in memory twice while it is converted."""
+    from safetensors.torch import save_file
+
+    c = SimpleNamespace(**paligemma_prompt.FULL | dict(v_layer=1, v_embd=96, v_mlp=96, v_head=4, n_layer=8, n_embd=512, n_head=4, head_dim=128, n_mlp=4096, vocab_size=8000))
+    with torch.device("meta"):
+        model = PaliGemma(c)
+    for key, p in list(model.named_parameters()):
+        paligemma_prompt.put(model, key, torch.zeros(p.shape))
+    np.savez(tmp_path / "model.npz", **{k: torch.from_numpy(w).bfloat16().view(torch.int16).numpy().view("V2") for k, w in to_big_vision(model).items()})
+    save_file({k: p.detach().bfloat16() for k, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(dict(text_config=dict(head_dim=128), vision_config=dict(num_attention_heads=4))))
+    program = ("import re, sys, torch; from paligemma_prompt import PaliGemma, SMALL, SimpleNamespace; peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) / 1024; "
+               "torch.set_default_device('meta'); PaliGemma(SimpleNamespace(**SMALL)); torch.set_default_device('cpu'); before = peak(); "  # the first use of the meta device imports 70 MB of torch
+               "PaliGemma.from_pretrained(sys.argv[1], dtype=torch.bfloat16); print(peak() - before)")
+    for name in ("model.npz", "model.safetensors"):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], cwd=REPO, capture_output=True, text=True, check=True)
+        size = os.path.getsize(tmp_path / name) / 2**20
+        assert 0.8 * size < float(done.stdout) < 1.5 * size, (name, size, done.stdout)
+
+
+def test_models_come_from_the_hub(reference, tmp_path, monkeypatch, capsys):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            repo, _, file = self.path.lstrip("/").partition("/resolve/bf16/")
+            if repo == "google/closed":
+                return self.send_error(403)
+            files = ["config.json", "model.safetensors", "README.md"]
+            body = open(os.path.join(reference[1], file), "rb").read() if file else json.dumps([dict(path=name) for name in files]).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", len(body))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert PaliGemma.from_pretrained("google/tiny@bf16").config.n_embd == 48
+        assert sorted(os.listdir("pretrained/google_tiny@bf16")) == ["config.json", "files.json", "model.safetensors"]
+        (tmp_path / "pretrained/google_closed@bf16").mkdir()
+        (tmp_path / "pretrained/google_closed@bf16/files.json").write_text('[{"path": "config.json"}]')
+        with pytest.raises(SystemExit):
+            PaliGemma.from_pretrained("google/closed@bf16")
+    finally:
+        server.shutdown()
+    said = capsys.readouterr()
+    assert "403" in said.err and "HF_TOKEN" in said.err and "licence" in said.out
+
+
+def test_lora_starts_as_the_model_is_and_only_what_is_asked_for_is_trained(reference):
+    model, folder, pixels, ids, mask, kind, targets = reference
+    idx, plain = as_we_want_it(targets), Prompted(PaliGemma.from_pretrained(folder), 2, HARD)
+    before = plain(idx, pixels, targets)
+    for way, ending in ((dict(train="lora", lora_rank=2), ("lora_a", "lora_b")), (dict(train="attention"), ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")),
+                        (dict(prompt="soft"), ("soft",)), (dict(stack=True), ("multi_modal_projector.linear.weight", "multi_modal_projector.linear.bias"))):
+        asked = Prompted(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way)
+        loss = asked(idx, pixels, targets)
+        loss.backward()
+        assert all(name.endswith(ending) and p.grad is not None and p.dtype == torch.float32 for name, p in asked.trained().items())
+        assert not [name for name, p in asked.named_parameters() if name not in asked.trained() and (p.grad is not None or p.dtype != torch.bfloat16)]
+    asked = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, train="lora", lora_rank=2)
+    assert torch.equal(asked(idx, pixels, targets), before) and len(asked.trained()) == 3 * 7 * 2
+
+
+def test_recomputed_layers_give_the_same_gradients(reference):
+    _, folder, pixels, _, _, _, targets = reference
+    grads = []
+    for recompute in (False, True):
+        asked = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, **WAY)
+        asked.model.language_model.recompute = recompute
+        asked(as_we_want_it(targets), pixels, targets).backward()
+        grads.append(asked.soft.grad)
+    assert torch.equal(*grads)
+
+
+def test_cached_generation_equals_the_plain_path(reference):
+    asked, pixels = Prompted(PaliGemma.from_pretrained(reference[1]), 2, HARD, order="bos,prompt,image", place="before_suffix", **WAY), reference[2]
+    language, idx = asked.model.language_model, torch.zeros(2, 0, dtype=torch.long)
+    with torch.no_grad():
+        prefix = asked.prefix(pixels)
+        for _ in range(8):
+            x = language(torch.cat([prefix, language.embed(idx)], 1), prefix.shape[1])
+            idx = torch.cat([idx, language.head(x[:, -1:]).argmax(-1)], 1)
+    assert torch.equal(asked.generate(pixels, -1, 8), idx)
+
+
+def test_pieces_of_the_prefix_come_in_the_order_asked_for(reference):
+    model, pixels = PaliGemma.from_pretrained(reference[1]), reference[2]
+    image, bos, hard = model.look(pixels)[0], model.language_model.embed(torch.tensor([2])), model.language_model.embed(torch.tensor(HARD))
+    asked = Prompted(model, 2, HARD, order="bos,prompt,image", place="after_bos", **WAY)
+    torch.testing.assert_close(asked.prefix(pixels)[0], torch.cat([bos, asked.soft, hard, image]))
+
+
+def test_a_stack_is_built_from_its_parts_with_image_tokens_of_the_size_of_words(reference, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(os.path.join(reference[1], "model.safetensors"))
+    said = json.load(open(os.path.join(reference[1], "config.json")))
+    parts = dict(gemma=({k.replace("language_model.", ""): w for k, w in state.items() if k.startswith("language_model.")}, said["text_config"]),
+                 siglip=({k.replace("vision_tower.", ""): w for k, w in state.items() if k.startswith("vision_tower.")}
+                         | {"text_model.embeddings.weight": torch.zeros(2), "logit_scale": torch.zeros(1), "vision_model.head.probe": torch.zeros(2)},
+                         dict(vision_config=said["vision_config"])))
+    for name, (tensors, config) in parts.items():
+        (tmp_path / name).mkdir()
+        save_file({("vision_model." + k if name == "siglip" and k.startswith(("emb", "enc", "post")) else k): w for k, w in tensors.items()}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    whole, built = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(str(tmp_path / "gemma"), siglip=str(tmp_path / "siglip"))
+    assert built.config == whole.config
+    for (key, a), b in zip(whole.named_parameters(), built.parameters(), strict=True):
+        assert torch.equal(a, b) != ("projector" in key), key
+    image, words = built.look(reference[2]).square().mean().sqrt(), built.language_model.embed(torch.arange(90)).square().mean().sqrt()
+    assert 0.7 < image / words < 1.4
+
+
+def test_live_bytes_are_counted_and_forgotten():
+    with paligemma_prompt.LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a * 2 + 1  # a, a * 2 and the sum at once
+        a.add_(1)
+        assert live.live == 8000 and live.peak == 12000
+        del a
+        assert live.live == 4000
+    assert b.sum() == 1000
+
+
+@pytest.mark.parametrize("way, limit", [(dict(prompt="soft"), 6.8), (dict(train="attention"), 8.5)])
+def test_a_step_of_the_full_size_fits(way, limit):
+    c = SimpleNamespace(**paligemma_prompt.FULL)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in PaliGemma(c).parameters()) == 2_923_335_408
+    assert 5.4 < paligemma_prompt.step_memory(c, 8, **way) < limit
+
+
+def test_too_little_memory_is_said_with_what_would_fit(capsys, monkeypatch):
+    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(prompt="hard", train="lora", stack=False)
+    paligemma_prompt.check_memory(c, "cpu", torch.float32, 1, way)
+    for need, hint in ((lambda c, B, device, dtype, **way: 1e6 if B > 1 else 0.01, "batch_size=1"), (lambda *args, **way: 0.01 if "prompt" in way and len(way) == 1 else 1e6, "prompt=soft"),
+                       (lambda *args, **way: 1e6, "nothing here")):
+        monkeypatch.setattr(paligemma_prompt, "step_memory", need)
+        with pytest.raises(SystemExit):
+            paligemma_prompt.check_memory(c, "cpu", torch.float32, 8, way)
+        said = capsys.readouterr().err
+        assert f"What would fit: {hint}" in said and "1000000.0 GiB" in said
+
+
+def inside(command, cwd, monkeypatch):
+    """Runs the script in this process: imports cost more than what it does."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["paligemma_prompt.py", *shlex.split(command)])
+    with suppress(SystemExit) if "image=" in command else nullcontext():
+        runpy.run_path(os.path.join(REPO, "paligemma_prompt.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def prompted(tmp_path_factory):
+    """A drawn world, and a small PaliGemma that looked at it for three steps."""
+    cwd, patch = tmp_path_factory.mktemp("prompted"), pytest.MonkeyPatch()
+    coco.draw_shapes(str(cwd / "aerial"), 60, 0, 1, paligemma_prompt.drawn_world(1, 1))
+    inside("paligemma=small data=aerial out_dir=base train=all optimizer=muon batch_size=8 max_steps=3 words='caption en,en' device=cpu", cwd, patch)
+    inside("paligemma=base/adapter.safetensors data=aerial prompt=soft out_dir=soft batch_size=8 max_steps=4 eval_interval=2 device=cpu", cwd, patch)
+    patch.undo()
+    return cwd
+
+
+def test_a_drawn_world_speaks_of_what_it_shows(prompted):
+    images, captions = coco.load_captions(str(prompted / "aerial"), "train2017")
+    assert all(len(image["scene"]["objects"]) == 1 for image in images)
+    words = set(" ".join(caption for said in captions for caption in said).split())
+    assert words & {"tank", "building", "tent", "fountain", "airplane"} and not words & set(coco.SHAPES)
+
+
+def test_a_soft_prompt_is_small_and_knows_where_it_belongs(prompted, monkeypatch):
+    tensors, about = paligemma_prompt.load_adapter(str(prompted / "soft/adapter.safetensors"))
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == {"soft": (10, 128)} and os.path.getsize(prompted / "soft/adapter.safetensors") < 10 * 128 * 4 + 1500
+    results = json.load(open(prompted / "soft/results.json"))
+    assert results["perplexity"] > 1 and {"CIDEr", "Bleu_1", "Bleu_4", "ROUGE_L", "peak_GB", "seconds_per_step", "perplexity_wrong_picture"} <= set(results)
+    assert results["trained"] == 1280 and len(log_column(prompted / "soft/log.csv", "loss")) == 4
+    inside("init_from=soft/adapter.safetensors data=aerial eval_only=True out_dir=again device=cpu", prompted, monkeypatch)
+    again = json.load(open(prompted / "again/results.json"))
+    assert again["perplexity"] == pytest.approx(results["perplexity"], rel=1e-6) and again["CIDEr"] == results["CIDEr"]
+    inside("init_from=soft/adapter.safetensors image=aerial/val2017/000001.jpg,aerial/val2017/000002.jpg out_dir=again device=cpu", prompted, monkeypatch)
+    inside("init_from=base/adapter.safetensors image=aerial/val2017/000001.jpg out_dir=whole_model device=cpu", prompted, monkeypatch)  # trained whole: a model
+    for name in ("soft/captions.png", "soft/curves.png", "again/image.png", "whole_model/image.png"):
+        assert Image.open(prompted / name).size[0] > 200
+
+
+def test_a_stack_trains_its_projector_and_is_loaded_again(prompted, monkeypatch):
+    parts = "stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors"
+    inside(f"{parts} data=aerial train=lora order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
+    tensors, about = paligemma_prompt.load_adapter(str(prompted / "stack/adapter.safetensors"))
+    assert len(tensors) == 4 * 7 * 2 + 2 and about["order"] == "bos,prompt,image" and about["siglip"] == "base/adapter.safetensors"
+    inside("init_from=stack/adapter.safetensors data=aerial eval_only=True out_dir=stack_again device=cpu", prompted, monkeypatch)
+    was, again = (json.load(open(prompted / f"{name}/results.json"))["perplexity"] for name in ("stack", "stack_again"))
+    assert again == pytest.approx(was, rel=1e-6)
+
+
+def test_adapting_resumes_exactly(prompted, monkeypatch):
+    run_ = "paligemma=base/adapter.safetensors data=aerial prompt=soft batch_size=8 eval_interval=2 device=cpu min_lr=0.01 "
+    inside(run_ + "out_dir=whole max_steps=4", prompted, monkeypatch)
+    inside(run_ + "out_dir=half max_steps=2", prompted, monkeypatch)
+    inside(run_ + "out_dir=half max_steps=4 init_from=resume", prompted, monkeypatch)
+    assert log_column(prompted / "half/log.csv", "loss") == log_column(prompted / "whole/log.csv", "loss")
+
+
+def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
+    monkeypatch.setattr(train_caption, "run", lambda script, *words: inside(shlex.join(words), prompted, monkeypatch))
+    with suppress(SystemExit):
+        inside("paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all batch_size=8 max_steps=1 device=cpu", prompted, monkeypatch)
+    rows, said = json.load(open(prompted / "all/results.json")), capsys.readouterr().out
+    assert [row["way"] for row in rows] == list(paligemma_prompt.WAYS) and [row["step"] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
+    assert all(f"{row['way']:<20} | {row['trained']:>9,}" in said for row in rows)
+    assert Image.open(prompted / "all/comparison.png").size[0] > 800 and os.path.exists(prompted / "all/curves.png")
+
+
+@pytest.mark.parametrize("command, hint", [
+    ("place=on_top", "before_image, after_image, after_bos, before_suffix"),
+    ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "1 or more"),
+    ("paligemma=base/adapter.safetensors data=aerial order=image,bos", "each once"),
+    ("paligemma=base/adapter.safetensors data=aerial tokenizer=toy.model", "don't belong together"),
+    ("paligemma=base/adapter.safetensors data=aerial tokenizer=newline.model", "must be one token"),
+    ("paligemma=base/adapter.safetensors data=aerial tokenizer=nothing.model", "nothing.model is not a SentencePiece model"),
+    ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption without a word, such as 000001.jpg"),
+    ("paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors", "soft is (10, 64) instead of (10, 128)"),
+    ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "not an adapter"),
+    ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
+    ("paligemma=nowhere data=aerial", "no such file or folder"),
+    ("stack=True data=aerial", "siglip= and gemma="),
+    ("paligemma=base/adapter.safetensors", "data= is missing"),
+])
+def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monkeypatch, capsys):
+    from safetensors.torch import save_file
+
+    if not (prompted / "flat").exists():
+        for file, extra in (("toy", dict(user_defined_symbols=["\n"], add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity")), ("newline", {})):
+            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 5), model_prefix=str(prompted / file), vocab_size=300 if file == "toy" else 480,
+                                                     model_type="bpe", hard_vocab_limit=False, byte_fallback=True, minloglevel=2, **extra)
+        for folder in ("silent", "flat"):
+            shutil.copytree(prompted / "aerial", prompted / folder)
+        path = prompted / "silent/annotations/captions_train2017.json"
+        path.write_text(path.read_text().replace('"caption": "', '"caption": " ", "was": "', 1))
+        (prompted / "flat/val2017/000001.jpg").write_bytes(b"P6 0 0 255\n")  # a picture of no pixels
+        _, about = paligemma_prompt.load_adapter(str(prompted / "soft/adapter.safetensors"))
+        save_file({"soft": torch.zeros(10, 64)}, prompted / "wide.safetensors", dict(settings=json.dumps(about)))
+    with pytest.raises(SystemExit) as stop:
+        inside(command + " device=cpu max_steps=1", prompted, monkeypatch)
+    said = capsys.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and hint in errors[0], said
