@@ -59,7 +59,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fineweb import configure, die, download, hub, save_atomically, show
 from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, plot, pyplot, read_log, resume_optimizers,
-                        save_checkpoint, setup, take_step)
+                        save_checkpoint, setup, start_wandb, take_step)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image
 from train_caption import TokenizedCaptions, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
@@ -835,9 +835,7 @@ if __name__ == "__main__":
     print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {sum(len(seen) for _, seen in tasks):,} pictures to train on, {len(images):,} to be judged by "
           f"({split}) | {device}", flush=True)
     log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "lr", "norm", "ms"], step)
-    if wandb_log:
-        import wandb
-        wandb.init(project="nanocaption", name=os.path.basename(out_dir), config=config)
+    wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
 
     # ---- the loop
     t0, first_step = time.time(), step
@@ -870,7 +868,7 @@ if __name__ == "__main__":
         norm = float(take_step(asked, optimizers, lr, grad_clip))
         row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=(time.time() - t1) * 1000)
         log.add(**row)
-        if wandb_log:
+        if wandb:
             wandb.log(row, step=step)
         if step % log_interval == 0 or step == max_steps - 1:
             left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)

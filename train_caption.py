@@ -43,9 +43,9 @@ from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, download, get_tokenizer, save_atomically, show
-from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, plot, pyplot, read_log,
-                        rank_zero_first, reseed, resume_optimizers, save_checkpoint, setup, sum_over, take_step)
-from cider import cider, document_frequencies, evaluate as score, tokenize
+from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, name_changes, plot,
+                        pyplot, rank_zero_first, read_log, reseed, resume_optimizers, save_checkpoint, setup, start_wandb, stop_signals, sum_over, take_step)
+from cider import document_frequencies, evaluate as score, tokenize
 from coco import encode, load_captions, load_encoder, load_features, open_image, share_right
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,6 +57,7 @@ init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | another run (
 eval_only = False           # with init_from=resume: evaluate and draw, train nothing
 gpt = "gpt2"                # the frozen writer: gpt2, gpt2-medium, ... | a folder, .safetensors or ckpt.pt
 encoder = "ViT-B-32"        # the frozen eye, whose features coco.py wrote
+split = "val2017"           # held-out pictures; test2017 for data sets that have one, such as COCO in Karpathy's splits
 fusion = "xattn"            # xattn, linear, qformer; all = train every variant and compare
 every = 1                   # xattn: a gated block before every so-manieth block of the GPT
 n_query = 32                # qformer: how many learned queries
@@ -349,7 +350,8 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); all words: what top-k cuts off has no gradient
     is_end = tokens == eot
     words = [said + [END] * ended for said, ended in zip(tokenize(to_text(tokens, tokenizer)), is_end.any(1).tolist())]
-    rewards = torch.from_numpy(cider(words, [refs for refs in references for _ in range(samples)], df)).float().view(B, samples)
+    cider = score(words, [refs for refs in references for _ in range(samples)], df, tokenized=True)[1]["CIDEr"]  # (R,)
+    rewards = torch.from_numpy(cider).float().view(B, samples)
     others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     targets = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), -100)  # up to and with the first EOS
     owner = torch.arange(B, device=tokens.device).repeat_interleave(samples)
@@ -639,7 +641,7 @@ if __name__ == "__main__":
             for column in curves:
                 curves[column][variant(rows[-1])] = curve(seen, column)
         save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
-        plot(f"{folder}/comparison.png", {f"{column}, val2017": lines for column, lines in curves.items()}, xlabel="training captions seen")
+        plot(f"{folder}/comparison.png", {f"{column}, {split}": lines for column, lines in curves.items()}, xlabel="training captions seen")
         print(f"\n{scores_table({variant(r): r for r in rows})}\n\n{'':<24}  trainable  perplexity  with a wrong picture  captions seen")
         for r in rows:
             print(f"{variant(r):<24}{r['trainable']:>11,}{r['perplexity']:>12.2f}{r['perplexity_wrong_picture']:>22.2f}"
@@ -653,9 +655,9 @@ if __name__ == "__main__":
     if rank == 0:
         show(config | dict(out_dir=out_dir))
         os.makedirs(out_dir, exist_ok=True)
-    (_, train_said), (images, references) = load_captions(data, "train2017"), load_captions(data, "val2017")
-    train_features, about = load_features(data, encoder, "train2017", len(train_said))
-    val_features, _ = load_features(data, encoder, "val2017", len(images))
+    (train_images, train_said), (images, references) = load_captions(data, "train2017"), load_captions(data, split)
+    train_features, about = load_features(data, encoder, "train2017", len(train_said), train_images)
+    val_features, _ = load_features(data, encoder, split, len(images), images)
     S, W = train_features.shape[1:]
     if shuffle:
         train_features, val_features = (np.random.default_rng(seed).permutation(f) for f in (train_features, val_features))
@@ -694,6 +696,9 @@ if __name__ == "__main__":
     if init_from == "resume":
         resume_optimizers(optimizers, checkpoint, path)
         step = checkpoint["step"]
+        if rank == 0:
+            name_changes(config, checkpoint, "data batch_size optimizer learning_rate min_lr warmup_steps max_steps weight_decay beta2 grad_clip "
+                                             "dropout shuffle scst samples seed dtype")
     # `step_model` is what trains; `model`, the same weights uncompiled, evaluates, writes captions and is saved
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
@@ -706,15 +711,14 @@ if __name__ == "__main__":
               f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world} process(es) on {device}", flush=True)
         columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates]
         log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step)
-        if wandb_log:
-            import wandb
-            wandb.init(project="nanocaption", name=os.path.basename(out_dir), config=config)
+        wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
 
+    asked_to_stop, stop = stop_signals(), 0
     t0, first_step = time.time(), step
     while True:
         # ---- look at the whole held-out split, and save
         row = dict(step=step)
-        if step % eval_interval == 0 or step >= max_steps or eval_only:
+        if (step % eval_interval == 0 or step >= max_steps or eval_only) and not stop:
             model.eval()
             said = caption_split(model, val_features, tokenizer, max_length, me)
             scores, _ = score(said, references)
@@ -723,13 +727,13 @@ if __name__ == "__main__":
             if rank == 0:
                 print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | CIDEr {100 * row['CIDEr']:.1f} | "
                       f"\"{said[0]}\"", flush=True)
-                if step > first_step:
-                    save_checkpoint(path, dict(
-                        model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step,
-                        settings=config | dict(max_length=max_length), gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source,
-                        pretrained=about.get("pretrained"),
-                        tagger=load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None))
-        if step >= max_steps or eval_only:
+        if rank == 0 and step > first_step and ("CIDEr" in row or stop):
+            save_checkpoint(path, dict(
+                model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step,
+                settings=config | dict(max_length=max_length), gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source,
+                pretrained=about.get("pretrained"),
+                tagger=load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None))
+        if step >= max_steps or eval_only or stop:
             break
 
         # ---- one step
@@ -749,12 +753,12 @@ if __name__ == "__main__":
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
         norm = take_step(model, optimizers, lr, grad_clip)
-        loss, reward = (None if value is None else sum_over(me, value / world)[0] for value in (loss.item(), reward))
+        loss, reward, stop = sum_over(me, loss.item() / world, (reward or 0) / world, len(asked_to_stop))  # all processes stop after the same step
         if rank == 0:
-            row |= dict(loss=loss, reward=reward, lr=lr, norm=float(norm), ms=(time.time() - t1) * 1000)
+            row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=float(norm), ms=(time.time() - t1) * 1000)
             row |= {k: gate.tanh().item() for k, gate in gates.items()}
             log.add(**row)
-            if wandb_log:
+            if wandb:
                 wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
             if step % log_interval == 0 or step == max_steps - 1:
                 left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
@@ -764,6 +768,10 @@ if __name__ == "__main__":
         step += 1
 
     # ---- what came of it
+    if stop:
+        if rank == 0:
+            print(f"stopped at step {step}; go on with init_from=resume out_dir={out_dir}")
+        sys.exit(0)
     model.eval()
     without, wrong = (perplexity(model, val_features, val_captions, me, sight) for sight in ("none", "wrong"))
     table = {"greedy": scores}
@@ -777,18 +785,18 @@ if __name__ == "__main__":
         results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores,
                        perplexity_wrong_picture=wrong, perplexity_no_picture=without, right=right, step=step, scores=table, settings=config)
         coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
-        for file, content in (("results.json", results), ("captions_val2017.json", coco_results)):
+        for file, content in (("results.json", results), (f"captions_{split}.json", coco_results)):
             save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))
 
         if not eval_only:
             log.add(**row)
         seen = [row | dict(step=row["step"] * batch_size) for row in log.rows]  # by captions seen, runs of different batch sizes compare
         panels = {"CIDEr x 100 of samples" if scst else "loss (nats a token)": {"": curve(seen, "reward", 100) if scst else curve(seen, "loss")},
-                  "perplexity, val2017": {"": curve(seen, "perplexity")}, "CIDEr x 100, val2017": {"": curve(seen, "CIDEr", 100)}}
+                  f"perplexity, {split}": {"": curve(seen, "perplexity")}, f"CIDEr x 100, {split}": {"": curve(seen, "CIDEr", 100)}}
         for kind, of in (("attn_gate", "attention"), ("mlp_gate", "MLP")) if gates else ():
             panels[f"tanh(gate) of the {of}, by layer"] = {f"layer {layer}": curve(seen, f"{kind}_{layer}") for layer in model.gated}
         plot(os.path.join(out_dir, "curves.png"), panels, xlabel="training captions seen")
-        files = [os.path.join(data, "val2017", image["file_name"]) for image in images[:12]]
+        files = [os.path.join(data, split, image["file_name"]) for image in images[:12]]
         if all(map(os.path.exists, files)):  # features may be here without their pictures
             drawn = [open_image(file) for file in files]
             draw_captions(os.path.join(out_dir, "captions.png"), drawn, [f"{s}\n({r[0].strip()})" for s, r in zip(said, references)])
