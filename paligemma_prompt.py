@@ -37,7 +37,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import time
 import weakref
@@ -58,8 +57,8 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fineweb import configure, die, download, hub, save_atomically, show
-from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, plot, pyplot, read_log, resume_optimizers,
-                        save_checkpoint, setup, start_wandb, take_step)
+from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, peak_rss, plot, pyplot, read_log,
+                        resume_optimizers, save_checkpoint, setup, start_wandb, take_step)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image
 from train_caption import TokenizedCaptions, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
@@ -881,7 +880,7 @@ if __name__ == "__main__":
     log.add(**row)
     scores, _ = score(said, references)
     ms = [r["ms"] for r in log.rows if r.get("ms")]
-    peak = torch.cuda.max_memory_allocated() if "cuda" in device else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
     results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms)) / 1000 if ms else 0.0, perplexity=right,
                    perplexity_wrong_picture=wrong, **scores, step=step, split=split, settings=config)
     coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]

@@ -706,6 +706,15 @@ def train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip
     return loss_sum, take_step(model, optimizers, lr, grad_clip)
 
 
+def peak_rss():
+    """The most memory that this process has had, in bytes; nan on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 # bfloat16 FLOPs a second, dense, of the vendors' data sheets
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
 
@@ -742,10 +751,7 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
         return time.time() - t0
 
     def peak(held=0):  # GB
-        if cuda:
-            return (torch.cuda.max_memory_allocated() - held) / 1e9
-        import resource  # not on Windows
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+        return (torch.cuda.max_memory_allocated() - held if cuda else peak_rss()) / 1e9
 
     def step():
         train_step(step_model, model, optimizers, batches, accumulate, 1e-5, 1.0, me)
@@ -760,7 +766,8 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
     else:
         c = model.config
         held = torch.cuda.memory_allocated() if cuda else 0
-        theirs = GPT2LMHeadModel(GPT2Config(c.vocab_size, c.block_size, c.n_embd, c.n_layer, c.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)).to(me.device)
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(me.device)
         compiled = torch.compile(theirs) if step_model is not model else theirs
         their_optimizers = [torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)]
         times["transformers"] = []
