@@ -61,7 +61,7 @@ from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, ma
                         resume_optimizers, save_checkpoint, setup, start_wandb, take_step)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image
-from train_caption import TokenizedCaptions, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
+from train_caption import TokenizedCaptions, beam_search, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
@@ -84,6 +84,7 @@ siglip = None               # for stack: where SigLIP comes from
 gemma = None                # for stack: where Gemma and its tokenizer come from
 compare = False             # zero-shot, attention, soft at each place, LoRA at equal steps: a table and a plot
 memory = False              # only report what one step of each way takes at full size
+beam = 1                    # captions by beam search among so many, 1 = greedy
 image = None                # caption these pictures (a,b,...) with init_from's adapter, the newest by default
 batch_size = 8              # pictures a step; each with one of its captions, drawn anew each epoch
 max_length = 64             # longest caption, in tokens; the rest is cut, counted and said
@@ -495,12 +496,14 @@ class Prompted(nn.Module):
         pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.look(pixels), soft=getattr(self, "soft", None))
         return torch.cat([pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
 
-    def forward(self, idx, pixels, targets):
+    def forward(self, idx, pixels, targets, owner=None):
         """
         The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is what stands before each: first the end of the prefix,
         whatever idx says, then words. Padding comes last, where no word sees it, and all prefixes are of one length: one mask serves all rows.
+        owner (B,): which of the pictures each row is about; None = row i about picture i.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
+        prefix = prefix if owner is None else prefix[owner]
         P = prefix.shape[1]
         x = language(torch.cat([prefix, language.embed(idx[:, 1:])], 1), P)[:, P - 1:]  # (B, T, D)
 
@@ -511,17 +514,20 @@ class Prompted(nn.Module):
         return sum(checkpoint(part, *some, use_reentrant=False) for some in zip(x.flatten(0, 1).split(64), targets.flatten().split(64)))
 
     @torch.no_grad()
-    def generate(self, pixels, stop, max_new_tokens):
-        """Greedy captions, as tokens (B, up to max_new_tokens), each ended by `stop`."""
-        language, c, prefix = self.model.language_model, self.model.config, self.prefix(pixels)
+    def generate(self, pixels, stop, max_new_tokens, beam=1):
+        """Captions, greedy or the best of a beam search, as tokens (B, up to max_new_tokens), each ended by `stop`."""
+        language, c, prefix = self.model.language_model, self.model.config, self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
         keys = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)  # the cache holds the G key heads only
-        cache = KVCache(keys, len(pixels), prefix.shape[1] + max_new_tokens, prefix)
+        cache = KVCache(keys, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
 
         def step(new):  # the first call, with a dummy for a token, reads the prefix
             x = language.embed(new) if cache.seen else prefix
             return language.head(language(x, x.shape[1], cache)[:, -1:])
 
-        return decode(step, torch.zeros(len(pixels), 1, dtype=torch.long, device=pixels.device), max_new_tokens, 0.0, stop=stop)[:, 1:]
+        start = torch.zeros(len(prefix), 1, dtype=torch.long, device=pixels.device)
+        if beam > 1:
+            return beam_search(step, cache, start, beam, max_new_tokens, stop)[:, 0]
+        return decode(step, start, max_new_tokens, 0.0, stop=stop)[:, 1:]
 
 
 def train_in_fp32(module):
@@ -807,7 +813,7 @@ if __name__ == "__main__":
     if image:
         files = image.split(",")
         pixels = torch.from_numpy(Pictures(files, c.image_size)[range(len(files))]).to(device)
-        captions = to_text(asked.generate(pixels, text.eot_token, max_length), text)
+        captions = to_text(asked.generate(pixels, text.eot_token, max_length, beam), text)
         print("\n".join(f"{file}: {said}" for file, said in zip(files, captions)))
         draw_captions(os.path.join(out_dir, "image.png"), [open_image(file) for file in files], captions, columns=min(4, len(files)))
         print(f"drawn in {out_dir}/image.png")
@@ -875,7 +881,7 @@ if __name__ == "__main__":
         step += 1
 
     # ---- judged on the whole split
-    said = caption_split(asked, pictures, text, max_length, me, batch_size=4 * batch_size)
+    said = caption_split(asked, pictures, text, max_length, me, beam, batch_size=4 * batch_size)
     right, wrong = (perplexity(asked, pictures, captions, me, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
     log.add(**row)
     scores, _ = score(said, references)

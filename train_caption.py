@@ -43,7 +43,7 @@ from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, download, get_tokenizer, save_atomically, show
-from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, load_checkpoint, load_weights, make_optimizers, name_changes, plot,
+from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, leave, load_checkpoint, load_weights, make_optimizers, name_changes, plot,
                         pyplot, rank_zero_first, read_log, reseed, resume_optimizers, save_checkpoint, setup, start_wandb, stop_signals, sum_over, take_step)
 from cider import document_frequencies, evaluate as score, tokenize
 from coco import encode, load_captions, load_encoder, load_features, open_image, share_right
@@ -771,7 +771,7 @@ if __name__ == "__main__":
     if stop:
         if rank == 0:
             print(f"stopped at step {step}; go on with init_from=resume out_dir={out_dir}")
-        sys.exit(0)
+        leave(me)
     model.eval()
     without, wrong = (perplexity(model, val_features, val_captions, me, sight) for sight in ("none", "wrong"))
     table = {"greedy": scores}
@@ -817,6 +817,4 @@ if __name__ == "__main__":
             print(f"captions entirely right    {right:.1%} of {len(images)} held-out scenes (every size, colour, shape and place)")
         print(f"look at                    {out_dir}/captions.png, curves.png" + (", attention.png" if gates else ""))
         print(f"time                       {time.time() - t_start:.0f} s")
-    if world > 1:
-        dist.barrier()  # rank 0 draws a little longer; who leaves early may take the others down
-        dist.destroy_process_group()
+    leave(me)

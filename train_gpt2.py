@@ -465,6 +465,14 @@ def rank_zero_first(me):
         dist.barrier()
 
 
+def leave(me):
+    """The end of a run of several processes: rank 0 may still be writing, and who leaves early takes the others down."""
+    if me.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.exit(0)
+
+
 def sum_over(me, *numbers):
     """The sums of some numbers over all processes, as floats."""
     if me.world == 1:
@@ -876,7 +884,7 @@ if __name__ == "__main__":
             print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
             if questions:
                 print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   (published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
-        sys.exit(0)
+        leave(me)
 
     # Training. `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
     if total_batch_size % (B * T * world):
@@ -962,6 +970,4 @@ if __name__ == "__main__":
             panels["HellaSwag"] |= {"OpenAI GPT-2 124M, acc_norm": ([0, step], [0.2955] * 2)}
         plot(os.path.join(out_dir, "curves.png"), {title: curves for title, curves in panels.items() if title != "HellaSwag" or questions})
         print(f"stopped at step {step}; go on with init_from=resume" if stop else f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
-    if world > 1:
-        dist.barrier()  # rank 0 draws a little longer; who leaves early may take the others down
-        dist.destroy_process_group()
+    leave(me)
