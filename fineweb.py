@@ -18,6 +18,7 @@ This file also owns three things that every later file uses: `configure`, `downl
 import ast
 import base64
 import difflib
+import functools
 import glob
 import json
 import math
@@ -301,12 +302,20 @@ def read_documents(paths):
                             die(f"{path}: not a json object with a \"text\": {line[:60]!r}")
 
 
-def tokenize(documents, encoding):
-    """Yields one uint16 array for each document, in order, on all cores: tiktoken works outside Python's global lock."""
+@functools.lru_cache
+def single_spaced(encoding):
+    """
+    The same tokenizer for texts without white space in a row, which it cuts twice as fast. Built once: that takes a third of a second. It gets
+    the special tokens too, which are never looked for: where there are none, tiktoken looks for nothing, and finds it everywhere.
+    """
     import tiktoken
 
-    eot, in_a_row = np.array([encoding.eot_token], np.uint16), re.compile(r"\s\s")
-    fast = tiktoken.Encoding("fast", pat_str=SPLIT_SINGLE_SPACED, mergeable_ranks=encoding._mergeable_ranks, special_tokens={})
+    return tiktoken.Encoding("single-spaced", pat_str=SPLIT_SINGLE_SPACED, mergeable_ranks=encoding._mergeable_ranks, special_tokens=encoding._special_tokens)
+
+
+def tokenize(documents, encoding):
+    """Yields one uint16 array for each document, in order, on all cores: tiktoken works outside Python's global lock."""
+    eot, in_a_row, fast = np.array([encoding.eot_token], np.uint16), re.compile(r"\s\s"), single_spaced(encoding)
 
     def encode(document):
         try:
