@@ -75,8 +75,8 @@ def predict(model, questions, read=None, device="cpu", tokens_at_once=4096):
     """
     Which ending the model finds likeliest, for each question: a tensor (questions, 2), by summed loss and by loss per token.
     model(idx (B, T)) -> logits (B, T, V). A model with a kv cache can save the work of reading each context four times:
-    read(contexts (B, T), room) computes them once and returns a function (rows (4B, T'), scored (4B, T') bools) -> logits
-    (scored.sum(), V) that continues every context with four rows, one after the other, of at most `room` tokens.
+    read(contexts (B, T), room) computes them once and returns a function (rows, targets (4B, T')) -> nats (scored,) that continues every
+    context with four rows, one after the other, of at most `room` tokens, and gives the loss of every target that is not -1.
     """
     # Questions whose contexts are equally long go together, so contexts need no padding; endings of like lengths need little.
     # Padding comes after what is scored, where a causal model can't see it.
@@ -99,11 +99,12 @@ def predict(model, questions, read=None, device="cpu", tokens_at_once=4096):
             contexts, rows, targets = contexts[:, :-1].to(device), rows.to(device), targets.to(device)
             scored = targets >= 0
             if read:
-                logits = read(contexts, room)(rows, scored)
+                nats = read(contexts, room)(rows, targets)
             else:
                 logits = model(torch.cat([contexts.repeat_interleave(4, 0), rows], 1))[:, T - 1:][scored]
+                nats = F.cross_entropy(logits.float(), targets[scored], reduction="none")
             loss = torch.zeros_like(targets, dtype=torch.float32)
-            loss[scored] = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+            loss[scored] = nats
             total = loss.sum(1).view(-1, 4)  # (B, 4)
             best[batch] = torch.stack([total.argmin(1), (total / scored.sum(1).view(-1, 4)).argmin(1)], 1).cpu()
     return best

@@ -411,11 +411,15 @@ def test_loss_in_chunks_equals_cross_entropy(train_head):
     torch.manual_seed(0)
     x, weight, targets = torch.randn(1300, 16), torch.randn(128, 16), torch.randint(0, 101, (1300,))  # more than two chunks
     ours, theirs = ((x.clone().requires_grad_(), weight.clone().requires_grad_(train_head)) for _ in range(2))
-    loss = 3 * train_gpt2.HeadLoss.apply(*ours, targets, 101, True)
-    plain = 3 * torch.nn.functional.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets)
+    mean, each = train_gpt2.HeadLoss.apply(*ours, targets, 101, True)
+    loss = 3 * mean
+    plain_each = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets, reduction="none")
+    plain = 3 * plain_each.mean()
     loss.backward()
     plain.backward()
     torch.testing.assert_close(loss, plain, atol=1e-5, rtol=0)
+    for nats in (each, train_gpt2.HeadLoss.apply(x, weight, targets, 101, False)[1]):
+        torch.testing.assert_close(nats, plain_each.detach(), atol=1e-5, rtol=0)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 

@@ -93,12 +93,17 @@ class GPTConfig:
     n_embd: int = 768
 
 
+def matmul_dtype(x):
+    """What matmuls with x come out in: autocast's type where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, for every block, so that a new token costs one token's work."""
 
     def __init__(self, config, B, length, like):
         D = config.n_embd // config.n_head
-        self.kv = like.new_empty(config.n_layer, 2, B, config.n_head, length, D)
+        self.kv = like.new_empty(config.n_layer, 2, B, config.n_head, length, D, dtype=matmul_dtype(like))
         self.seen = 0  # tokens whose keys and values are in; GPT.hidden moves it once all blocks have added theirs
 
     def add(self, layer, k, v):
@@ -125,7 +130,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache:
-            k, v = (kv.to(q) for kv in cache.add(layer, k, v))  # (B, H, S, D)
+            k, v = cache.add(layer, k, v)  # (B, H, S, D)
         S = k.shape[2]
         # new token t sits at position S-T+t and may look at itself and everything before; is_causal would align t with 0
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
@@ -160,34 +165,39 @@ class Block(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """
-    The mean cross-entropy of the logits x W^T, without ever holding them all: 64 sequences of 1,024 tokens have 13 GB of fp32
+    The cross-entropy of the logits x W^T, without ever holding them all: 64 sequences of 1,024 tokens have 13 GB of fp32
     logits, and as much again of gradients. So it takes a few thousand positions at a time and, while their logits are there,
     also turns them into what the backward pass will want, the gradients of x and W. No matmul is done twice.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
-        """x (N, C), weight (V padded, C), targets (N,) -> loss, a scalar in fp32."""
-        device_type, chunk = x.device.type, 4096 if x.is_cuda else 1024
-        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-        x, w, total = x.to(dtype), weight.to(dtype), torch.zeros((), device=x.device)
+        """x (N, C), weight (V padded, C), targets (N,) -> the mean loss, for which alone there are gradients, and each position's (N,); fp32."""
+        n, dtype, chunk = len(x), matmul_dtype(x), min(len(x), 4096 if x.is_cuda else 512 if with_gradients else 128)
+        x, w, nats = x.to(dtype), weight.to(dtype), torch.empty_like(targets, dtype=torch.float32)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradients else (None, None)
-        for i in range(0, len(x), chunk):
+        # All chunks are written into the same memory: fresh memory takes a CPU longer to come by than what goes there takes to compute.
+        logits = x.new_empty(chunk, len(w))
+        logp = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        for i in range(0, n, chunk):
             xi, target = x[i:i + chunk], targets[i:i + chunk, None]
-            logits = xi @ w.t()
-            logits[:, vocab_size:] = -math.inf  # the padding of the vocabulary must not enter the softmax
-            logp = logits.log_softmax(1, torch.float32)
-            total -= logp.gather(1, target).sum()
+            z = torch.mm(xi, w.t(), out=logits[:len(xi)])
+            z[:, vocab_size:] = -math.inf  # the padding of the vocabulary must not enter the softmax
+            p = z if logp is logits else logp[:len(xi)].copy_(z)
+            torch.log_softmax(p, 1, out=p)
+            nats[i:i + chunk] = -p.gather(1, target)[:, 0]
             if with_gradients:  # d loss / d logits = softmax - one-hot, over N
-                p = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=logp.dtype)).to(dtype)
-                dx[i:i + chunk] = p @ w
-                dw += p.t() @ xi
+                p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                z.copy_(p)
+                torch.mm(z, w, out=dx[i:i + chunk])
+                dw += z.t() @ xi
         if with_gradients:
             ctx.save_for_backward(dx, dw)
-        return total / len(x)
+        ctx.mark_non_differentiable(nats)
+        return nats.mean(), nats
 
     @staticmethod
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
         dx, dw = ctx.saved_tensors
         scale = dloss / len(dx)
         return dx * scale, dw * scale, None, None, None
@@ -225,6 +235,10 @@ class GPT(nn.Module):
         """(B, T, C) -> logits (B, T, V). The padding of the vocabulary is cut off: it must not enter a softmax."""
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
+    def nats(self, x, targets):
+        """(N, C), targets (N,) -> their cross-entropy in nats: the mean, which can be trained on, and each, which can't."""
+        return HeadLoss.apply(self.transformer.ln_f(x), self.lm_head.weight, targets, self.config.vocab_size, torch.is_grad_enabled())
+
     def hidden(self, idx, cache=None):
         """idx (B, T) -> (B, T, C), what the head turns into logits."""
         x = self.embed(idx, cache.seen if cache else 0)
@@ -239,8 +253,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache)
         if targets is None:
             return self.head(x)
-        x = self.transformer.ln_f(x).flatten(0, 1)  # (B*T, C)
-        return HeadLoss.apply(x, self.lm_head.weight, targets.flatten(), self.config.vocab_size, torch.is_grad_enabled())
+        return self.nats(x.flatten(0, 1), targets.flatten())[0]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, seed=None):
@@ -257,7 +270,8 @@ class GPT(nn.Module):
             if contexts.shape[1]:
                 self.hidden(contexts, cache)
             cache.pick(torch.arange(len(contexts), device=contexts.device).repeat_interleave(4))
-            return lambda rows, scored: self.head(self.hidden(rows, cache)[scored])
+
+            return lambda rows, targets: self.nats(self.hidden(rows, cache)[targets >= 0], targets[targets >= 0])[1]
         return read
 
     @classmethod
