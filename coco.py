@@ -36,7 +36,6 @@ import random
 import re
 import shutil
 import stat
-import statistics
 import sys
 import textwrap
 import time
@@ -52,7 +51,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from fineweb import configure, die, download, save_atomically, show
+from fineweb import configure, die, download, race, save_atomically, show
 from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, setup
 from cider import tokenize
 
@@ -694,20 +693,15 @@ def regroup(data, json_path, target, encoder):
             copy_rows(features_file(target, encoder, split), [row_of[image["id"]] for image in images], about | identity(images))
 
 
-def measure(data, eye, batch_size, device, autocast, repeats=5):
-    """Pictures a second from their files, beside those of the encoder alone, its pixels ready in memory: medians of rounds taken in turn."""
+def measure(data, eye, batch_size, device, autocast):
+    """Prints pictures a second from their files, beside those of the encoder alone, its pixels ready in memory."""
     images, _ = load_captions(data, "train2017")
     files = [os.path.join(data, "train2017", images[i % len(images)]["file_name"]) for i in range(4 * batch_size)]
-    pixels, rounds = [eye.prepare(open_image(file)) for file in files[:batch_size]], []
-    for _ in range(repeats + 1):
-        t0 = time.time()
-        for _ in range(4):
-            encode(eye, pixels, device, autocast)
-        t1 = time.time()
-        list(look(eye, files, range(len(files)), batch_size, device, autocast))
-        rounds.append((len(files) / (t1 - t0), len(files) / (time.time() - t1), (t1 - t0) / (time.time() - t1)))
-    alone, whole, ratio = (statistics.median(column) for column in zip(*rounds[1:]))  # the first round warms up
-    print(f"{whole:.1f} pictures/s from files, {alone:.1f} by the encoder alone: {ratio:.0%} of its speed (batch_size={batch_size}, {device})")
+    pixels = [eye.prepare(open_image(file)) for file in files[:batch_size]]
+    alone, whole = race(lambda: [encode(eye, pixels, device, autocast) for _ in range(4)],
+                        lambda: list(look(eye, files, range(len(files)), batch_size, device, autocast)))
+    print(f"{len(files) / whole:.1f} pictures/s from files, {len(files) / alone:.1f} by the encoder alone: {alone / whole:.0%} of its speed "
+          f"(batch_size={batch_size}, {device})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ import os
 import re
 import sys
 import time
+import timeit
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -112,6 +113,15 @@ def configure(settings, preset={}, positional=(), argv=None):
 def show(config):
     """Prints the final settings as the words that would give them again."""
     print("settings:", *(f"{name}={value}" for name, value in config.items()), flush=True)
+
+
+def race(*ways, rounds=5):
+    """
+    What every bench=True measures with: the median seconds of each of some functions. They take turns, so that what else the machine
+    does befalls all of them, and a first round, which compiles and fills caches, does not count.
+    """
+    rows = [[timeit.timeit(way, number=1) for way in ways] for _ in range(rounds + 1)]
+    return [median(times) for times in zip(*rows[1:])]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -369,14 +379,10 @@ if __name__ == "__main__":
         sample = list(islice(read_documents(paths), 10_000))
         sample *= math.ceil(20_000_000 / sum(map(len, sample)))
         with Pool() as pool:  # as many processes as tokenize has threads; they are up before the clock runs
-            ways = dict(ours=lambda: tokenize(sample, get_tokenizer()), pool=lambda: pool.imap(tokenize_as_build_nanogpt, sample, 16))
-            speed = {name: [] for name in ways}
-            for _ in range(6):  # in turn, so that what else the machine does befalls both
-                for name, way in ways.items():
-                    t0 = time.time()
-                    speed[name].append(sum(map(len, way())) / (time.time() - t0) / 1e6)
-        ours, pools = (median(each[1:]) for each in speed.values())  # the first warms up
-        print(f"{ours:.2f}M tokens/s with {os.cpu_count()} threads, {pools:.2f}M with a pool of as many processes: {ours / pools:.2f} times as fast")
+            ours, pools = race(lambda: deque(tokenize(sample, get_tokenizer()), 0), lambda: deque(pool.imap(tokenize_as_build_nanogpt, sample, 16), 0))
+        millions = sum(map(len, tokenize(sample, get_tokenizer()))) / 1e6
+        print(f"{millions / ours:.2f}M tokens/s with {os.cpu_count()} threads, {millions / pools:.2f}M with a pool of as many processes: "
+              f"{pools / ours:.2f} times as fast")
         sys.exit(0)
     os.makedirs(data, exist_ok=True)
 

@@ -31,7 +31,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import timeit
 from dataclasses import asdict
 
 import numpy as np
@@ -42,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import configure, die, download, get_tokenizer, save_atomically, show
+from fineweb import configure, die, download, get_tokenizer, race, save_atomically, show
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, leave, load_checkpoint, load_weights, make_optimizers, name_changes, plot,
                         pyplot, rank_zero_first, read_log, reseed, resume_optimizers, save_checkpoint, setup, start_wandb, stop_signals, sum_over, take_step)
 from cider import document_frequencies, evaluate as score, tokenize
@@ -515,11 +514,11 @@ def caption_pictures(named, path, me, temperature, top_k, num, beam, most=40):
 # what the care is worth, and how the other scripts are run
 
 
-def race(me, fusion, every, B, compiled, words=16):
+def beside_the_plain_way(me, fusion, every, B, compiled, words=16):
     """
     Prints images/s of training and of greedy captioning at true size (GPT-2 124M, 50 picture tokens x 768, all random), here and in the
     plain way to write the same: a .pt file for each picture, fp32, logits of every position, AdamW as it comes, and no cache, so that every
-    word recomputes the words before it and the picture's keys and values. Both take turns on the same batch; medians.
+    word recomputes the words before it and the picture's keys and values. Both work on the same batch.
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
@@ -566,7 +565,7 @@ def race(me, fusion, every, B, compiled, words=16):
     print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads\n"
           f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
     for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
-        slow, fast = np.median([[timeit.timeit(way, number=1) for way in ways] for _ in range(4)][1:], axis=0)  # the first round warms up
+        slow, fast = race(*ways, rounds=3)
         print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}" +
               (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
 
@@ -596,7 +595,7 @@ if __name__ == "__main__":
         die("scst=True goes on from a bridge that can speak: init_from=out/... names the run that trained it")
     me, t_start = setup(device, dtype), time.time()
     if bench:
-        race(me, "xattn" if fusion == "all" else fusion, every, batch_size if "cuda" in me.device else 16, "cuda" in me.device if compile is None else compile)
+        beside_the_plain_way(me, "xattn" if fusion == "all" else fusion, every, batch_size if "cuda" in me.device else 16, "cuda" in me.device if compile is None else compile)
         sys.exit(0)
     if image:
         runs = sorted((run for run in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in run), key=os.path.getmtime)

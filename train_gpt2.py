@@ -28,8 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice, repeat
-from statistics import median
+from itertools import islice, repeat, zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from fineweb import configure, die, download, get_tokenizer, hub, save_atomically, show, vocab_and_merges
+from fineweb import configure, die, download, get_tokenizer, hub, race, save_atomically, show, vocab_and_merges
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any of them
@@ -515,6 +514,8 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95))
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if inner:  # match_rms_adamw scales Muon's step to the size of AdamW's: one learning rate serves both
         optimizers.append(torch.optim.Muon([params[k] for k in inner], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+    covered = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, covered)) == sorted(map(id, params.values())), "every trainable parameter belongs to exactly one group"
     return optimizers
 
 
@@ -756,83 +757,62 @@ def flops_share(model, T, tokens_per_second, world=1):
 
 def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me):
     """
-    Prints what these settings give on random tokens, all in one run, medians of five: a training step beside that of
-    transformers' GPT2LMHeadModel (where it is installed), generation beside recomputing, HellaSwag beside one question at a time.
+    Prints what these settings give on random tokens, all in one run: a training step beside that of transformers' GPT2LMHeadModel
+    (where it is installed), generation beside recomputing, HellaSwag beside one question at a time.
     """
-    cuda, V = "cuda" in me.device, model.config.vocab_size
-    batches = repeat(torch.randint(V, (B, T + 1), device=me.device))
+    cuda, c = "cuda" in me.device, model.config
+    batches = repeat(torch.randint(c.vocab_size, (B, T + 1), device=me.device))
 
-    def seconds(work):
-        if cuda:
-            torch.cuda.synchronize()
-        t0 = time.time()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.time() - t0
+    def step(*trained):
+        return lambda: train_step(*trained, batches, accumulate, 1e-5, 1.0, me)[1].item()  # .item() waits for the device
 
-    def peak(held=0):  # GB
-        return (torch.cuda.max_memory_allocated() - held if cuda else peak_rss()) / 1e9
-
-    def step():
-        train_step(step_model, model, optimizers, batches, accumulate, 1e-5, 1.0, me)
-
-    step()  # compiles, and fills the optimizers' state
-    seconds(step)
-    memory, times = peak(), {"ours": []}
+    ways = {"ours": step(step_model, model, optimizers)}
+    ways["ours"]()
+    memory = [torch.cuda.max_memory_allocated() if cuda else peak_rss()]
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except (ImportError, RuntimeError):
         print("transformers could not be imported: nothing to compare training with")
     else:
-        c = model.config
         held = torch.cuda.memory_allocated() if cuda else 0
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-                                            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).to(me.device)
-        compiled = torch.compile(theirs) if step_model is not model else theirs
-        their_optimizers = [torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)]
-        times["transformers"] = []
-
-        def their_step():
-            train_step(lambda idx, targets: compiled(idx, labels=idx).loss, theirs, their_optimizers, batches, accumulate, 1e-5, 1.0, me)
-
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                            n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+        compiled = torch.compile(theirs.to(me.device)) if step_model is not model else theirs.to(me.device)
+        adamw = [torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)]
+        ways["transformers"] = step(lambda idx, targets: compiled(idx, labels=idx).loss, theirs, adamw)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        their_step()
-    for _ in range(5):  # in turn, so that what else the machine does befalls both
-        times["ours"].append(seconds(step))
-        if "transformers" in times:
-            times["transformers"].append(seconds(their_step))
-    speed = {name: accumulate * B * T / median(t) for name, t in times.items()}
-    print(f"training, ours          {speed['ours']:12,.0f} tok/s{flops_share(model, T, speed['ours'])} | {memory:.2f} GB at most")
-    if "transformers" in times:
-        print(f"training, transformers  {speed['transformers']:12,.0f} tok/s{flops_share(model, T, speed['transformers'])}"
-              + (f" | {peak(held):.2f} GB at most" if cuda else "") + f" | ours is {speed['ours'] / speed['transformers']:.2f} times as fast", flush=True)
+            ways["transformers"]()
+            memory.append(torch.cuda.max_memory_allocated() - held)
+    seconds = race(*ways.values())
+    for name, each, peak in zip_longest(ways, seconds, memory):
+        speed = accumulate * B * T / each
+        print(f"training, {name:13}{speed:12,.0f} tok/s{flops_share(model, T, speed)}" + (f" | {peak / 1e9:.2f} GB at most" if peak else "")
+              + (f" | ours is {each / seconds[0]:.2f} times as fast" if name != "ours" else ""), flush=True)
 
-    start = torch.randint(V, (1, 8), device=me.device)
-    new = min(max_new_tokens, model.config.block_size - 8)
+    start, new = torch.randint(c.vocab_size, (1, 8), device=me.device), min(max_new_tokens, c.block_size - 8)
 
     @torch.no_grad()
     def recompute():
         idx = start
         for _ in range(new):
             idx = torch.cat([idx, model(idx)[:, -1:].argmax(-1)], 1)
+        return idx
 
-    rng, half = np.random.default_rng(0), model.config.block_size // 2
+    rng = np.random.default_rng(0)
 
-    def words(length):
-        return rng.integers(V, size=min(length, half)).tolist()
+    def made(length):
+        return rng.integers(c.vocab_size, size=min(length, c.block_size // 2)).tolist()
 
     # of HellaSwag's 10,042 questions, some 80 share each length of context; here 32 do
-    made = [(words(40 + 30 * (n % 2)), [words(rng.integers(8, 36)) for _ in range(4)], 0) for n in range(64)]
+    questions = [(made(40 + 30 * (n % 2)), [made(rng.integers(8, 36)) for _ in range(4)], 0) for n in range(64)]
     for what, quick, plain in (
-            (f"generating {new} tokens", lambda: model.generate(start, new, temperature=0), recompute),
-            (f"{len(made)} HellaSwag questions", lambda: hellaswag.predict(model, made, model.reader(), me.device),
-             lambda: hellaswag.predict(model, made, None, me.device, tokens_at_once=1))):
+            (f"generating {new} tokens", lambda: model.generate(start, new, temperature=0).tolist(), lambda: recompute().tolist()),
+            (f"{len(questions)} HellaSwag questions", lambda: hellaswag.predict(model, questions, model.reader(), me.device),
+             lambda: hellaswag.predict(model, questions, None, me.device, tokens_at_once=1))):
         with me.autocast:
-            pairs = [(seconds(quick), seconds(plain)) for _ in range(3)]
-        fast, slow = (median(t) for t in zip(*pairs))
-        print(f"{what:24}{fast:8.3f} s | the plain way {slow:8.3f} s | {slow / fast:.1f} times as fast", flush=True)
+            fast, slow = race(quick, plain, rounds=3)
+        print(f"{what:23}{fast:8.3f} s | the plain way {slow:8.3f} s | {slow / fast:.1f} times as fast", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
