@@ -171,8 +171,11 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, vocab_size, with_gradients):
-        """x (N, C), weight (V padded, C), targets (N,) -> the mean loss, for which alone there are gradients, and each position's (N,); fp32."""
-        n, dtype, chunk = len(x), matmul_dtype(x), min(len(x), 4096 if x.is_cuda else 512 if with_gradients else 128)
+        """
+        x (N, C), weight (V padded, C), targets (N,) -> the mean loss, which has gradients, and each position's (N,), which has none. In fp32.
+        """
+        n, dtype = len(x), matmul_dtype(x)
+        chunk = min(n, 4096 if x.is_cuda else 512 if with_gradients else 128)
         x, w, nats = x.to(dtype), weight.to(dtype), torch.empty_like(targets, dtype=torch.float32)
         dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradients else (None, None)
         # All chunks are written into the same memory: fresh memory takes a CPU longer to come by than what goes there takes to compute.
@@ -208,7 +211,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        padded = math.ceil(config.vocab_size / 128) * 128  # 50257 is an ugly number; 50304 = 393 * 128 suits the matmul kernels
+        padded = config.vocab_size + -config.vocab_size % 128  # 50257 is an ugly number; 50304 = 393 * 128 suits the matmul kernels
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(padded, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -275,44 +278,16 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """A hub name (gpt2, gpt2-medium, gpt2-large, gpt2-xl), a folder as `save_pretrained` writes it, a .safetensors file, or our ckpt.pt."""
+        """`name`: gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder as `save_pretrained` writes it; a .safetensors file; or our ckpt.pt."""
         if name.endswith(".pt"):
             checkpoint = load_checkpoint(name)
             if "model_config" not in checkpoint:
                 die(f"{name} is not a checkpoint of train_gpt2.py")
-            model = cls(GPTConfig(**checkpoint["model_config"]))
-            load_weights(model, checkpoint["model"], name)
-            return model
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if not os.path.exists(name):
-            if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-                die(f"{name}: no such file or folder, and not one of OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-            folder = os.path.join("pretrained", name)
-            for file in ("config.json", "model.safetensors"):
-                download(f"{hub()}/openai-community/{name}/resolve/main/{file}", os.path.join(folder, file))
-            name = folder
-        folder = name if os.path.isdir(name) else os.path.dirname(name)
-        file = os.path.join(name, "model.safetensors") if os.path.isdir(name) else name
-        try:
-            theirs = json.load(open(os.path.join(folder, "config.json")))
-            config = GPTConfig(block_size=theirs["n_positions"], **{k: theirs[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
-            weights = load_file(file)
-        except (OSError, KeyError, ValueError, SafetensorError) as problem:
-            die(f"{file} with the config.json beside it is not a GPT-2 in Hugging Face's layout ({type(problem).__name__}: {problem})")
-        model, state = cls(config), {}
-        for key, w in weights.items():
-            key = key.removeprefix("transformer.")
-            if key.endswith((".attn.bias", ".attn.masked_bias")) or key == "lm_head.weight":
-                continue  # old files hold the causal mask, and the tied matrix twice
-            if key.endswith("weight") and ".h." in f".{key}" and w.dim() == 2:
-                w = w.t()  # they use Conv1D: (in, out)
-            if key == "wte.weight":
-                w = F.pad(w, (0, 0, 0, model.lm_head.weight.shape[0] - len(w)))
-            state["transformer." + key] = w
-        state["lm_head.weight"] = state.get("transformer.wte.weight")
-        load_weights(model, state, file)
+            config, state = checkpoint["model_config"], checkpoint["model"]
+        else:
+            config, state = read_hugging_face(name)
+        model = cls(GPTConfig(**config))
+        load_weights(model, state, name)
         return model
 
     def save_pretrained(self, folder, encoding=None):
@@ -322,23 +297,50 @@ class GPT(nn.Module):
         """
         from safetensors.torch import save
 
-        os.makedirs(folder, exist_ok=True)
-        c, state = self.config, {}
-        for key, w in self.state_dict().items():
-            if key == "lm_head.weight":
-                continue  # tied
-            if key == "transformer.wte.weight":
-                w = w[:c.vocab_size]
-            elif ".h." in key and w.dim() == 2:
-                w = w.t()
-            state[key] = w.contiguous().cpu()
-        theirs = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
-                      n_layer=c.n_layer, n_head=c.n_head, bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
-        files = {"config.json": json.dumps(theirs, indent=1).encode(), "model.safetensors": save(state, metadata={"format": "pt"})}
+        c, state = self.config, self.state_dict()
+        del state["lm_head.weight"]  # tied
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][:c.vocab_size]
+        state = {key: (w.t() if is_conv1d(key, w) else w).contiguous().cpu() for key, w in state.items()}
+        config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
+                      n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
+        files = {"config.json": json.dumps(config, indent=1).encode(), "model.safetensors": save(state, metadata={"format": "pt"})}
         if encoding:
             files["vocab.json"], files["merges.txt"] = vocab_and_merges(encoding)
+        os.makedirs(folder, exist_ok=True)
         for name, content in files.items():
             save_atomically(os.path.join(folder, name), lambda f: f.write(content))
+
+
+def is_conv1d(key, w):
+    """Whether Hugging Face stores this weight transposed, (in, out): the matrices of the blocks."""
+    return ".h." in key and w.dim() == 2
+
+
+def read_hugging_face(name):
+    """The sizes, as GPTConfig's arguments, and the weights, under our names, of a GPT-2 on the hub, in a folder or in a file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not os.path.exists(name):
+        if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+            die(f"{name}: no such file or folder, and not one of OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+        folder = os.path.join("pretrained", name)
+        for file in ("config.json", "model.safetensors"):
+            download(f"{hub()}/openai-community/{name}/resolve/main/{file}", os.path.join(folder, file))
+        name = folder
+    file = os.path.join(name, "model.safetensors") if os.path.isdir(name) else name
+    try:
+        with open(os.path.join(os.path.dirname(file), "config.json")) as f:
+            theirs = json.load(f)
+        config = dict(block_size=theirs["n_positions"], **{k: theirs[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
+        weights = {"transformer." + key.removeprefix("transformer."): w for key, w in load_file(file).items()}
+        wte = weights["transformer.wte.weight"]
+    except (OSError, KeyError, ValueError, SafetensorError) as problem:
+        die(f"{file} with the config.json beside it is not a GPT-2 in Hugging Face's layout ({type(problem).__name__}: {problem})")
+    weights["transformer.wte.weight"] = wte = F.pad(wte, (0, 0, 0, -len(wte) % 128))
+    skip = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # old files hold the causal mask, and the tied matrix twice
+    state = {key: w.t() if is_conv1d(key, w) else w for key, w in weights.items() if not key.endswith(skip)}
+    return config, state | {"lm_head.weight": wte}
 
 
 def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
@@ -371,7 +373,7 @@ def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, ge
 
 
 def open_shard(path):
-    """The token ids of a shard, memory-mapped: only what a batch touches is read. A .npy file, or a .bin file as llm.c and modded-nanogpt write it."""
+    """The token ids of a shard, memory-mapped: only what a batch touches is read. A .npy, or a .bin as llm.c and modded-nanogpt write it."""
     if path.endswith(".bin"):  # 256 int32: magic number, version, how many tokens follow
         header = np.fromfile(path, np.int32, 256)
         if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
@@ -417,11 +419,11 @@ class Loader:
             start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
             row[:] = self.shards[shard][start:start + self.T + 1]
         if rows.max() >= self.vocab_size:
-            die(f"the shards hold token id {rows.max()}, the model's vocabulary ends at {self.vocab_size - 1}: they come from another tokenizer")
+            die(f"the shards hold token id {rows.max()}, the model's last is {self.vocab_size - 1}: they come from another tokenizer")
         return torch.from_numpy(rows)
 
     def batches(self, wanted, device):
-        """Yields `sequences(numbers)` on the device for each of `wanted`; the next one is read, and pinned, while this one is computed with."""
+        """Yields `sequences(numbers)`, on the device, for each of `wanted`. While one is computed with, the next is read and pinned."""
         def read(numbers):
             rows = self.sequences(numbers)
             return rows.pin_memory() if "cuda" in device else rows  # what is pinned travels while the CPU goes on
@@ -513,7 +515,8 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95))
               dict(params=[params[k] for k in outer if params[k].dim() < 2], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
     if inner:  # match_rms_adamw scales Muon's step to the size of AdamW's: one learning rate serves both
-        optimizers.append(torch.optim.Muon([params[k] for k in inner], lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon([params[k] for k in inner], lr=learning_rate, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
     covered = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, covered)) == sorted(map(id, params.values())), "every trainable parameter belongs to exactly one group"
     return optimizers
@@ -541,7 +544,7 @@ def take_step(model, optimizers, lr, grad_clip):
 def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosine"):
     """
     Linear warm-up to learning_rate, then down to min_lr: half a cosine, or "wsd" (warm-up, stable, decay; Hu et al. 2024,
-    https://arxiv.org/abs/2404.06395), which needs to know the end only when it begins to fall: a run can be made longer from any checkpoint before.
+    https://arxiv.org/abs/2404.06395), which needs to know the end only when it begins to fall: until then a run can be made longer.
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
@@ -556,7 +559,7 @@ def reseed(seed, step, rank=0):
 
 
 def stop_signals():
-    """A list that gets an entry when Ctrl-C or SIGTERM asks to stop; the loop then saves and leaves. Asked again, the process ends at once."""
+    """A list that gets an entry when Ctrl-C or SIGTERM asks to stop: the loop then saves and leaves. Asked again, the process dies."""
     asked = []
 
     def ask(number, frame):
@@ -595,7 +598,9 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path, device="cpu"):
     """A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author."""
-    instead = f"rename the one before it, {previous(path)}, and go on with that" if os.path.exists(previous(path)) else "take another one or start from scratch"
+    instead = "take another one or start from scratch"
+    if os.path.exists(previous(path)):
+        instead = f"rename the one before it, {previous(path)}, and go on with that"
     if not os.path.exists(path):
         die(f"no checkpoint at {path}: {instead}")
     try:
@@ -614,11 +619,10 @@ def name_changes(settings, checkpoint, names):
 
 def load_weights(model, state, path):
     """load_state_dict with one line for what does not fit."""
-    own = model.state_dict()
-    wrong = [k for k in own if k not in state] + [k for k in state if k not in own or state[k].shape != own[k].shape]
+    own, given = ({key: tuple(w.shape) for key, w in weights.items()} for weights in (model.state_dict(), state))
+    wrong = [f"{key}: {given.get(key, 'absent')}, not {own.get(key, 'wanted')}" for key in own | given if own.get(key) != given.get(key)]
     if wrong:
-        shapes = [f"{k}: {tuple(state[k].shape) if k in state else 'absent'}, not {tuple(own[k].shape) if k in own else 'wanted'}" for k in wrong]
-        die(f"{path} is of another shape than this model, {len(wrong)} of {len(own)} tensors, such as {shapes[0]}")
+        die(f"{path} is of another shape than this model, {len(wrong)} of {len(own)} tensors, such as {wrong[0]}")
     model.load_state_dict(state)
 
 
@@ -738,7 +742,8 @@ def peak_rss():
 
 
 # bfloat16 FLOPs a second, dense, of the vendors' data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "4090": 165e12, "3090": 71e12}
 
 
 def flops_share(model, T, tokens_per_second, world=1):
@@ -877,7 +882,8 @@ if __name__ == "__main__":
         if rank == 0:
             print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
             if questions:
-                print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   (published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
+                print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   "
+                      "(published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
         leave(me)
 
     # Training. `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
@@ -895,13 +901,14 @@ if __name__ == "__main__":
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
         if rank == 0:
-            name_changes(config, checkpoint, "data n_layer n_head n_embd block_size total_batch_size optimizer learning_rate min_lr warmup_steps "
-                                             "max_steps schedule weight_decay grad_clip seed dtype")
+            name_changes(config, checkpoint, "data n_layer n_head n_embd block_size total_batch_size optimizer learning_rate min_lr "
+                                             "warmup_steps max_steps schedule weight_decay grad_clip seed dtype")
     train = Loader(data, "train", T, model.config.vocab_size, seed)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters | {train.n_seq * T:,} training tokens, {total_batch_size:,} a step = "
-              f"{max_steps * total_batch_size / (train.n_seq * T):.1f} epochs | {world} process(es) x {accumulate} x {B} x {T} on {device}")
+        n_params, n_tokens = sum(p.numel() for p in model.parameters()), train.n_seq * T
+        print(f"{n_params:,} parameters | {n_tokens:,} training tokens, {total_batch_size:,} a step = {max_steps * total_batch_size / n_tokens:.1f} "
+              f"epochs | {world} process(es) x {accumulate} x {B} x {T} on {device}")
         log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step)
         wandb = start_wandb(config) if wandb_log else None
 
@@ -955,13 +962,14 @@ if __name__ == "__main__":
     if rank == 0:
         if not stop:
             log.add(**row)
-        panels = {"loss (nats a token)": {"train": curve(log.rows, "loss"), "validation": curve(log.rows, "val_loss")},
-                  "HellaSwag": {"acc": curve(log.rows, "acc"), "acc_norm": curve(log.rows, "acc_norm")},
-                  "learning rate": {"lr": curve(log.rows, "lr")}}
-        if tokenizer == "gpt2":  # the validation loss is build-nanogpt's figure, and is for FineWeb-Edu
-            if os.path.basename(data).startswith("edu_fineweb"):
-                panels["loss (nats a token)"]["OpenAI GPT-2 124M"] = ([0, step], [3.2924] * 2)
-            panels["HellaSwag"] |= {"OpenAI GPT-2 124M, acc_norm": ([0, step], [0.2955] * 2)}
-        plot(os.path.join(out_dir, "curves.png"), {title: curves for title, curves in panels.items() if title != "HellaSwag" or questions})
-        print(f"stopped at step {step}; go on with init_from=resume" if stop else f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
+        losses = {"train": curve(log.rows, "loss"), "validation": curve(log.rows, "val_loss")}
+        if tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb"):
+            losses["OpenAI GPT-2 124M"] = ([0, step], [3.2924] * 2)  # build-nanogpt's figure, for its validation shard
+        panels = {"loss (nats a token)": losses, "learning rate": {"lr": curve(log.rows, "lr")}}
+        if questions:
+            panels["HellaSwag"] = {"acc": curve(log.rows, "acc"), "acc_norm": curve(log.rows, "acc_norm"),
+                                   "OpenAI GPT-2 124M, acc_norm": ([0, step], [0.2955] * 2)}
+        plot(os.path.join(out_dir, "curves.png"), panels)
+        print(f"stopped at step {step}; go on with init_from=resume" if stop else
+              f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
     leave(me)
