@@ -114,6 +114,12 @@ def log_column(path, column):
 # ---- settings, downloads, tokens (fineweb.py)
 
 
+def test_race_takes_turns():
+    ran = []
+    medians = fineweb.race(lambda: ran.append("a"), lambda: ran.append("b"), rounds=2)
+    assert "".join(ran) == "ababab" and len(medians) == 2  # the first round does not count
+
+
 def configured(argv, **kw):
     settings = dict(__doc__="doc", steps=10, rate=0.1, name="a", flag=False, anything=None, Upper=1, _private=2)
     return fineweb.configure(settings, argv=argv, **kw), settings
@@ -407,19 +413,17 @@ def test_seeded_generation_repeats_itself():
 
 
 @pytest.mark.parametrize("train_head", [True, False])
-def test_loss_in_chunks_equals_cross_entropy(train_head):
+def test_loss_in_chunks_equals_cross_entropy(train_head):  # 1,300 positions are more than two chunks
     torch.manual_seed(0)
-    x, weight, targets = torch.randn(1300, 16), torch.randn(128, 16), torch.randint(0, 101, (1300,))  # more than two chunks
+    x, weight, targets, share = torch.randn(1300, 16), torch.randn(128, 16), torch.randint(0, 101, (1300,)), torch.rand(1300) / 1300
     ours, theirs = ((x.clone().requires_grad_(), weight.clone().requires_grad_(train_head)) for _ in range(2))
-    mean, each = train_gpt2.HeadLoss.apply(*ours, targets, 101, True)
-    loss = 3 * mean
+    loss, each = train_gpt2.HeadLoss.apply(*ours, targets, share, 101, True)
     plain_each = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets, reduction="none")
-    plain = 3 * plain_each.mean()
-    loss.backward()
-    plain.backward()
-    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=0)
-    for nats in (each, train_gpt2.HeadLoss.apply(x, weight, targets, 101, False)[1]):
-        torch.testing.assert_close(nats, plain_each.detach(), atol=1e-5, rtol=0)
+    (3 * loss).backward()
+    (3 * plain_each * share).sum().backward()
+    torch.testing.assert_close(loss, (plain_each * share).sum(), atol=1e-5, rtol=0)
+    for nats in (each, train_gpt2.HeadLoss.apply(x, weight, targets, share, 101, False)[1]):
+        torch.testing.assert_close(nats, plain_each, atol=1e-5, rtol=0)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 

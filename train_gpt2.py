@@ -170,14 +170,16 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size, with_gradients):
+    def forward(ctx, x, weight, targets, share, vocab_size, with_gradients):
         """
-        x (N, C), weight (V padded, C), targets (N,) -> the mean loss, which has gradients, and each position's (N,), which has none. In fp32.
+        x (N, C), weight (V padded, C), targets (N,), share (N,), how much each counts -> their weighted sum, a scalar with gradients, and
+        each one's nats (N,), without; both in fp32.
         """
         n, dtype = len(x), matmul_dtype(x)
         chunk = min(n, 4096 if x.is_cuda else 512 if with_gradients else 128)
         x, w, nats = x.to(dtype), weight.to(dtype), torch.empty_like(targets, dtype=torch.float32)
-        dx, dw = (torch.empty_like(x), torch.zeros_like(weight)) if with_gradients else (None, None)
+        dx = torch.empty_like(x) if with_gradients else None
+        dw = torch.zeros_like(weight) if with_gradients and weight.requires_grad else None
         # All chunks are written into the same memory: fresh memory takes a CPU longer to come by than what goes there takes to compute.
         logits = x.new_empty(chunk, len(w))
         logp = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
@@ -188,21 +190,22 @@ class HeadLoss(torch.autograd.Function):
             p = z if logp is logits else logp[:len(xi)].copy_(z)
             torch.log_softmax(p, 1, out=p)
             nats[i:i + chunk] = -p.gather(1, target)[:, 0]
-            if with_gradients:  # d loss / d logits = softmax - one-hot, over N
+            if with_gradients:  # d nats / d logits = softmax - one-hot
                 p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
                 z.copy_(p)
-                torch.mm(z, w, out=dx[i:i + chunk])
-                dw += z.t() @ xi
+                counts = share[i:i + chunk, None]
+                dx[i:i + chunk] = (z @ w) * counts
+                if dw is not None:
+                    dw += z.t() @ (xi * counts).to(dtype)
         if with_gradients:
             ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(nats)
-        return nats.mean(), nats
+        return (nats * share).sum(), nats
 
     @staticmethod
     def backward(ctx, dloss, _):
         dx, dw = ctx.saved_tensors
-        scale = dloss / len(dx)
-        return dx * scale, dw * scale, None, None, None
+        return dx * dloss, dw if dw is None else dw * dloss, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -237,9 +240,10 @@ class GPT(nn.Module):
         """(B, T, C) -> logits (B, T, V). The padding of the vocabulary is cut off: it must not enter a softmax."""
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
-    def nats(self, x, targets):
-        """(N, C), targets (N,) -> their cross-entropy in nats: the mean, which can be trained on, and each, which can't."""
-        return HeadLoss.apply(self.transformer.ln_f(x), self.lm_head.weight, targets, self.config.vocab_size, torch.is_grad_enabled())
+    def nats(self, x, targets, share=None):
+        """(N, C), targets (N,) -> their cross-entropy in nats: its sum weighted by `share` (N,), None = the mean; and each one's."""
+        share = torch.full_like(targets, 1 / len(targets), dtype=torch.float32) if share is None else share
+        return HeadLoss.apply(self.transformer.ln_f(x), self.lm_head.weight, targets, share, self.config.vocab_size, torch.is_grad_enabled())
 
     def hidden(self, idx, cache=None):
         """idx (B, T) -> (B, T, C), what the head turns into logits."""
