@@ -21,10 +21,10 @@ writes with Gemma, whose input is a row of vectors. Who sees whom (x) in it is n
         roof         x  x  x  x   x       x        x  x    x    x   -> eos
 
 A hard prompt is words. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is vectors that never were words: ten of them
-are trained, 20,480 numbers, all else is frozen. Rows of Gemma's table have length about 1 and are multiplied by sqrt(2048) = 45 on their way
-to layer 0. A soft prompt enters behind that multiplication, so it is born as copies of words at that size: raw rows would whisper among
-shouting neighbours, and learning at 0.01 a step would be long in making them heard. (The picture's tokens are not multiplied: their matrix
-was trained to the right size.) Where the ten enter is place=:
+are trained, 20,480 numbers, all else is frozen. Rows of Gemma's table have length about 1 and are multiplied by sqrt(2048) = 45 on their
+way to layer 0. A soft prompt enters behind that multiplication, so it is born as copies of words at that size: raw rows would whisper
+among shouting neighbours, and learning at 0.01 a step would be long in making them heard. (The picture's tokens are not multiplied: their
+matrix was trained to the right size.) Where the ten enter is place=:
 
         before_image  [soft] picture bos caption en \n        after_bos      picture bos [soft] caption en \n
         after_image   picture [soft] bos caption en \n        before_suffix  picture bos caption en \n [soft]
@@ -68,7 +68,7 @@ from train_caption import TokenizedCaptions, beam_search, caption_split, draw_ca
 
 paligemma = None            # hub name[@revision], folder, .safetensors, big_vision's .npz; small = a random model; None = the built-in road
 tokenizer = None            # a SentencePiece file; None = tokenizer.model beside the weights
-data = None                 # folder in COCO's layout (coco.py makes one of RISC's csv or Karpathy's json); several, a,b: one a step, in turn
+data = None                 # folder in COCO's layout (coco.py makes one of RISC's csv, Karpathy's json); several, a,b: one a step, in turn
 out_dir = None              # where the run goes; None = out/prompt_{data}_{way to adapt}
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter.safetensors, with all its settings
 eval_only = False           # evaluate, train nothing
@@ -168,7 +168,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Frozen in bfloat16; or trained in fp32 and cast for each matmul; or frozen beside two thin trained matrices (LoRA, Hu et al. 2021)."""
+    """Frozen in bfloat16; or trained in fp32, cast for each matmul; or frozen beside two thin trained matrices (LoRA, Hu et al. 2021)."""
 
     def add_lora(self, rank):
         n_out, n_in = self.weight.shape
@@ -281,7 +281,7 @@ class PaliGemma(nn.Module):
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, siglip=None):
         """
-        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors with its config.json, or big_vision's .npz.
+        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors with a config.json, or big_vision's .npz.
         With `siglip`, the tower is that checkpoint's, Gemma is `name`'s, and the projector between them is random. All of it is frozen.
         Tensors go from the file to their place one by one: beside the model, host memory holds only the one in hand.
         """
@@ -295,8 +295,9 @@ class PaliGemma(nn.Module):
         except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
             die(f"{name} is damaged ({problem}): get it anew")
         if siglip:
-            # a SigLIP token's final norm fixes its length, so image tokens can be born at the size of words: its squares sum to sum(w^2 + b^2)
-            norm, words = model.vision_tower.post_layernorm, model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
+            # the final norm leaves sum(w^2 + b^2) of squares in a token, whatever the picture: image tokens can be born at words' size
+            norm = model.vision_tower.post_layernorm
+            words = model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
             size = words.square().mean().sqrt() / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
             put(model, "multi_modal_projector.linear.weight", torch.randn(c.n_embd, c.v_embd, device=device) * size)
             put(model, "multi_modal_projector.linear.bias", torch.zeros(c.n_embd, device=device))
@@ -319,8 +320,7 @@ def fit(path, own, given):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints, in the two formats that were published. A file opens as {our name: shape}, a function that yields (our name, tensor), and what
-# its config.json says
+# checkpoints, in the two formats that were published: {our name: shape}, a function that yields (our name, tensor), and config.json
 
 
 def open_model(name, siglip=None):
@@ -339,24 +339,20 @@ def open_model(name, siglip=None):
 
 
 def open_checkpoint(name):
-    if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
-        die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
+    path = locate(name)
     try:
-        path = name if os.path.exists(name) else fetch(name)
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
     except (OSError, ValueError, LookupError, AssertionError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
         die(f"{name} is not a whole checkpoint, safetensors with a config.json or big_vision's .npz ({type(problem).__name__}: {problem})")
 
 
-def home(name):
-    """The folder of a model's files; for a name on the hub, the one that `fetch` fills."""
-    if not os.path.exists(name):
-        return os.path.join("pretrained", name.replace("/", "_"))
-    return name if os.path.isdir(name) else os.path.dirname(name)
-
-
-def fetch(name):
-    folder, (repo, _, revision) = home(name), name.partition("@")
+def locate(name):
+    """A path as it is; a name on the hub as the folder that the model is downloaded into."""
+    if os.path.exists(name):
+        return name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
+        die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
+    folder, (repo, _, revision) = os.path.join("pretrained", name.replace("/", "_")), name.partition("@")
     print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set HF_TOKEN to a token of yours", flush=True)
     tree = download(f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json"))
     for file in (entry["path"] for entry in json.load(open(tree))):
@@ -367,11 +363,11 @@ def fetch(name):
 
 def open_safetensors(path):
     """A folder in Hugging Face's layout, one file or shards, or a single file with its config.json beside it."""
-    folder, files, where, shapes = home(path), [path], {}, {}
+    folder, files, where, shapes = os.path.dirname(path), [path], {}, {}
     if os.path.isdir(path):
-        index = os.path.join(folder, "model.safetensors.index.json")
+        folder, index = path, os.path.join(path, "model.safetensors.index.json")
         names = set(json.load(open(index))["weight_map"].values()) if os.path.exists(index) else ["model.safetensors"]
-        files = [os.path.join(folder, name) for name in names]
+        files = [os.path.join(path, name) for name in names]
     for file in files:
         with safetensors.safe_open(file, "pt") as f:
             metadata = f.metadata()
@@ -434,18 +430,15 @@ BIG_VISION = [  # (its name without /kernel, /scale or /w; ours without .weight;
 
 def open_npz(path):
     """big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is read a layer at a time."""
-    def header(f):
-        np.lib.format.read_magic(f)
-        shape, by_column, kind = np.lib.format.read_array_header_1_0(f)
-        assert not by_column, f"{f.name} is stored column by column"
-        return shape, kind
-
     archive, members, shapes, text, vision = zipfile.ZipFile(path), [], {}, {}, {}
     files = sorted(archive.namelist(), key=lambda file: "embed" not in file)  # the table first, as above
     gemma2 = any("post_ffw_norm" in file for file in files)
     for file in files:
         with archive.open(file) as f:
-            shape, kind = header(f)
+            np.lib.format.read_magic(f)
+            shape, by_column, kind = np.lib.format.read_array_header_1_0(f)
+            begin = f.tell()
+        assert not by_column, f"{file} is stored column by column"
         key = file.removesuffix(".npy").removeprefix("params/")
         base, leaf = re.fullmatch("(.*?)(/kernel|/bias|/scale|/w)?", key).groups()
         rows = [(ours + ".weight", how) for theirs, ours, how in BIG_VISION if theirs == base]
@@ -455,7 +448,7 @@ def open_npz(path):
             rows = [(ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows]
         rows = rows or [(key, SAME)]  # an unknown key keeps its name, and `fit` will say it
         n_layer, shape_of_one = (shape[0], shape[1:]) if "{}" in rows[0][0] else (1, shape)
-        members.append((file, rows, n_layer, shape_of_one, kind))
+        members.append((file, begin, rows, n_layer, shape_of_one, kind))
         for ours, how in rows:
             shapes |= {ours.format(i): how(torch.empty(shape_of_one, device="meta")).shape for i in range(n_layer)}
         if base.endswith("q_einsum"):
@@ -464,9 +457,9 @@ def open_npz(path):
             vision["num_attention_heads"] = shape[-2]
 
     def stream():
-        for file, rows, n_layer, shape, kind in members:
+        for file, begin, rows, n_layer, shape, kind in members:
             with archive.open(file) as f:
-                header(f)
+                f.seek(begin)
                 for i in range(n_layer):
                     w = np.empty(shape, kind)
                     raw = w.reshape(-1).view(np.uint8)
@@ -486,17 +479,16 @@ def read_config(name, shapes, text, vision):
             die(f"{name}: {key}.weight is missing: this is not all of a PaliGemma")
         return shapes[key + ".weight"][axis]
 
-    def n_layers(said, part):
-        numbers = [int(key.removeprefix(part).split(".")[0]) for key in shapes if key.startswith(part)]
-        return said.get("num_hidden_layers") or max(numbers, default=-1) + 1
+    def n_layers(said, norm):
+        return said.get("num_hidden_layers") or sum(key.endswith(norm) for key in shapes)
 
     eyes, first, E = "vision_tower.embeddings.", "language_model.layers.0.", text.get("head_dim") or 256
     patch, gemma2 = size(eyes + "patch_embedding", 2), first + "pre_feedforward_layernorm.weight" in shapes
     theta = text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
     c = SimpleNamespace(
         image_size=math.isqrt(size(eyes + "position_embedding")) * patch, patch_size=patch, v_head=vision.get("num_attention_heads") or 16,
-        v_layer=n_layers(vision, "vision_tower.encoder.layers."), v_embd=size(eyes + "patch_embedding"),
-        v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"), n_layer=n_layers(text, "language_model.layers."), head_dim=E,
+        v_layer=n_layers(vision, ".layer_norm1.weight"), v_embd=size(eyes + "patch_embedding"),
+        v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"), n_layer=n_layers(text, ".input_layernorm.weight"), head_dim=E,
         n_head=size(first + "self_attn.q_proj") // E, n_kv_head=size(first + "self_attn.k_proj") // E,
         n_embd=size("language_model.embed_tokens", 1), n_mlp=size(first + "mlp.gate_proj"), vocab_size=size("language_model.embed_tokens"),
         query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5, gemma2=gemma2, attn_softcap=None, final_softcap=None,
@@ -764,7 +756,8 @@ FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", sta
 WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))  # shares of pictures seen from above and of captions in a surveyor's words
 # asked in six ways, of which every other means the surveyor's words: a model that has met one prompt only learns to ignore it
 PRETRAIN = ("paligemma=small", "train=all", "data=data/scenes,data/surveys", "out_dir=out/prompt_small", "optimizer=muon", "batch_size=32",
-            "words=caption en,survey en,describe the picture,report what is seen from above,en,above", "eval_interval=250", "log_interval=50")
+            "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
+            "eval_interval=250", "log_interval=50")
 BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100,
                eval_interval=25, log_interval=25)
 
@@ -790,9 +783,8 @@ def drawn_world(pictures, words):
 def results_table(rows):
     lines = [f"{'':<20} | {'trained':>9} | {'peak GB':>7} | s/step | BLEU-4 | {'CIDEr':>6} | perplexity | wrong picture"]
     for r in rows:
-        bleu, cider = 100 * r["Bleu_4"], 100 * r["CIDEr"]
-        lines.append(f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | {r['seconds_per_step']:>6.2f} | {bleu:>6.1f} | {cider:>6.1f} | "
-                     f"{r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}")
+        scores = f"{100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} | {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
+        lines.append(f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | {r['seconds_per_step']:>6.2f} | {scores}")
     return "\n".join(lines)
 
 
@@ -812,7 +804,7 @@ def draw_comparison(path, rows):
 
 
 def compare_ways(config, folder):
-    """Runs this script once for each of WAYS, otherwise with the same settings; then puts the results into one table and two plots."""
+    """Runs this script once for each of WAYS, otherwise with the same settings, and draws how they did. Returns a row for each."""
     rows, losses, perplexities = [], {}, {}
     for way, some in WAYS.items():
         mine = os.path.join(folder, re.sub(r"\W+", "_", way))
@@ -824,7 +816,7 @@ def compare_ways(config, folder):
     save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
     plot(f"{folder}/curves.png", {"loss (nats a token)": losses, "perplexity of held-out captions": perplexities})
     draw_comparison(f"{folder}/comparison.png", rows)
-    print(f"\n{results_table(rows)}\n\nlook at {folder}/comparison.png, curves.png and each run's captions.png", end="; ")
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -846,10 +838,8 @@ if __name__ == "__main__":
     for name, allowed in dict(prompt=("hard", "soft"), train=("none", "attention", "lora", "all"), place=PLACES).items():
         if config[name] not in allowed:
             die(f"{name}={config[name]}: {', '.join(allowed)}")
-    if sorted(order.split(",")) != ["bos", "image", "prompt"]:
-        die(f"order={order}: image, bos and prompt, each once")
-    if min(n_soft, lora_rank, batch_size) < 1:
-        die(f"n_soft={n_soft} lora_rank={lora_rank} batch_size={batch_size}: each is 1 or more")
+    if sorted(order.split(",")) != ["bos", "image", "prompt"] or min(n_soft, lora_rank, batch_size) < 1:
+        die(f"order={order} n_soft={n_soft} lora_rank={lora_rank} batch_size={batch_size}: three pieces, each once; numbers of 1 or more")
     if stack and not (siglip and gemma):
         die("stack=True needs siglip= and gemma=, the checkpoints to build from")
     if not (data or image or memory):
@@ -866,8 +856,8 @@ if __name__ == "__main__":
         sys.exit(0)
 
     if preset is BUILTIN:
-        print("No PaliGemma was named (paligemma=), so a small one is made here, from nothing, taught to caption drawn scenes, and then\n"
-              "prompted: this shows the machinery at work, not what PaliGemma can do. What is on disk already is not made again.", flush=True)
+        print("No PaliGemma was named (paligemma=), so a small one is made here, taught to caption drawn scenes, and then prompted: this\n"
+              "shows the machinery at work, not what PaliGemma can do. What is on disk already is not made again.", flush=True)
         for world, shares in WORLDS.items():
             if "val2017" not in splits_of(f"data/{world}"):
                 draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
@@ -875,12 +865,15 @@ if __name__ == "__main__":
             run("paligemma_prompt.py", *PRETRAIN, f"max_steps={5 * max_steps}")
 
     if compare:
-        compare_ways(config, out_dir or f"out/prompt_{data_name}_all")
-        print(f"{time.time() - t_start:.0f} s in all")
+        folder = out_dir or f"out/prompt_{data_name}_all"
+        print(f"\n{results_table(compare_ways(config, folder))}\n\n"
+              f"look at {folder}/comparison.png, curves.png and each run's captions.png; {time.time() - t_start:.0f} s in all")
         sys.exit(0)
 
     # ---- the model
-    kind = "stack" if stack else train if train != "none" else prompt
+    kind = prompt if train == "none" else train
+    if stack:
+        kind = "stack"
     if image and init_from.endswith(".safetensors"):
         out_dir = out_dir or os.path.dirname(init_from)
     out_dir = out_dir or f"out/prompt_{data_name}_{kind}" + (f"_{place}" if prompt == "soft" else "")
@@ -895,11 +888,12 @@ if __name__ == "__main__":
         learn_tokenizer(vocabulary, (text for folder in folders for said in load_captions(folder, "train2017")[1] for text in said))
         model = random_model(SimpleNamespace(**SMALL), device)
     else:
-        c, *_ = open_model(source, siglip if stack else None)
+        path = locate(source)
+        c, *_ = open_model(path, siglip if stack else None)
         if c.n_embd > 1000:
             check_memory(c, device, frozen, batch_size, way)
-        model = PaliGemma.from_pretrained(source, device, frozen, siglip if stack else None)
-        vocabulary = tokenizer or os.path.join(home(source), "tokenizer.model")
+        model = PaliGemma.from_pretrained(path, device, frozen, siglip if stack else None)
+        vocabulary = tokenizer or os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "tokenizer.model")
     c, enc = model.config, Tokenizer(vocabulary)
     if not 0 <= c.vocab_size - enc.n_vocab < 128:  # tables are padded, to a multiple of 64 or 128
         die(f"{vocabulary} has {enc.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows for them: they don't belong together")
@@ -945,12 +939,15 @@ if __name__ == "__main__":
     optimizer = optimizer or ("sgd" if train == "attention" and c.n_embd > 1000 else "adamw")
     optimizers = make_optimizer(asked, optimizer) if trained else []
     learning_rate = learning_rate or RATES[kind][c.n_embd < 1000]
-    step, max_steps = 0, 0 if eval_only or not trained else max_steps
+    step = 0
+    if eval_only or not trained:
+        max_steps = 0
     if init_from == "resume":
         resume_optimizers(optimizers, resumed, "ckpt.pt")
         step = resumed["step"]
-    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {sum(len(seen) for _, seen in tasks):,} pictures to train "
-          f"on, {len(images):,} to be judged by ({split}) | {device}", flush=True)
+    n_pictures = sum(len(seen) for _, seen in tasks)
+    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {n_pictures:,} pictures to train on, "
+          f"{len(images):,} to be judged by ({split}) | {device}", flush=True)
     log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "lr", "norm", "ms"], step)
     wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
     t0, first_step = time.time(), step
