@@ -403,7 +403,8 @@ def our_name(key):
 # how an array becomes our (out, in) matrix, from (out, in); (in, out); (heads, in, E); (in, heads, E); (heads, E, out)
 SAME, FLIP, HEADS_IN = (lambda w: w), (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))
 IN_HEADS, HEADS_OUT = (lambda w: w.flatten(1).mT), (lambda w: w.flatten(0, 1).mT)
-BLOCK, TOWER, GEMMA = "img/Transformer/encoderblock/", "vision_tower.encoder.layers.{}.", "language_model.layers.{}."  # {}: of all, stacked
+BLOCK, HEADS = "img/Transformer/encoderblock/", "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/"
+TOWER, GEMMA = "vision_tower.encoder.layers.{}.", "language_model.layers.{}."  # {}: the arrays of all layers are one, stacked
 BIG_VISION = [  # (its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours)
     ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),
     ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
@@ -411,17 +412,16 @@ BIG_VISION = [  # (its name without /kernel, /scale or /w; ours without .weight;
     ("img/head", "multi_modal_projector.linear", FLIP),
     (BLOCK + "LayerNorm_0", TOWER + "layer_norm1", SAME), (BLOCK + "LayerNorm_1", TOWER + "layer_norm2", SAME),
     (BLOCK + "MlpBlock_0/Dense_0", TOWER + "mlp.fc1", FLIP), (BLOCK + "MlpBlock_0/Dense_1", TOWER + "mlp.fc2", FLIP),
-    (BLOCK + "MultiHeadDotProductAttention_0/query", TOWER + "self_attn.q_proj", IN_HEADS),
-    (BLOCK + "MultiHeadDotProductAttention_0/key", TOWER + "self_attn.k_proj", IN_HEADS),
-    (BLOCK + "MultiHeadDotProductAttention_0/value", TOWER + "self_attn.v_proj", IN_HEADS),
-    (BLOCK + "MultiHeadDotProductAttention_0/out", TOWER + "self_attn.out_proj", HEADS_OUT),
+    (HEADS + "query", TOWER + "self_attn.q_proj", IN_HEADS), (HEADS + "key", TOWER + "self_attn.k_proj", IN_HEADS),
+    (HEADS + "value", TOWER + "self_attn.v_proj", IN_HEADS), (HEADS + "out", TOWER + "self_attn.out_proj", HEADS_OUT),
     ("llm/embedder/input_embedding", "language_model.embed_tokens", SAME), ("llm/final_norm", "language_model.norm", SAME),
     ("llm/layers/attn/q_einsum", GEMMA + "self_attn.q_proj", HEADS_IN),
     ("llm/layers/attn/attn_vec_einsum", GEMMA + "self_attn.o_proj", HEADS_OUT),
     ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.k_proj", lambda w: HEADS_IN(w[0])),
     ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.v_proj", lambda w: HEADS_IN(w[1])),
     ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.gate_proj", lambda w: FLIP(w[0])),
-    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.up_proj", lambda w: FLIP(w[1])), ("llm/layers/mlp/linear", GEMMA + "mlp.down_proj", FLIP),
+    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.up_proj", lambda w: FLIP(w[1])),
+    ("llm/layers/mlp/linear", GEMMA + "mlp.down_proj", FLIP),
     ("llm/layers/pre_attention_norm", GEMMA + "input_layernorm", SAME),
     ("llm/layers/post_attention_norm", GEMMA + "post_attention_layernorm", SAME),
     ("llm/layers/pre_ffw_norm", GEMMA + "pre_feedforward_layernorm", SAME),
@@ -522,8 +522,10 @@ class Prompted(nn.Module):
             if train == "lora":
                 for matrix in (*layer.self_attn.values(), *layer.mlp.values()):
                     matrix.add_lora(lora_rank)
-        if train == "all" or stack:
-            train_in_fp32(model if train == "all" else model.multi_modal_projector)
+        if train == "all":
+            train_in_fp32(model)
+        elif stack:
+            train_in_fp32(model.multi_modal_projector)
 
     def ask(self, hard):
         self.words["prompt"] = torch.tensor(hard, device=self.words["bos"].device)
