@@ -342,7 +342,7 @@ def open_checkpoint(name):
     path = locate(name)
     try:
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (OSError, ValueError, LookupError, AssertionError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
+    except (OSError, ValueError, LookupError, AssertionError, RuntimeError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
         die(f"{name} is not a whole checkpoint, safetensors with a config.json or big_vision's .npz ({type(problem).__name__}: {problem})")
 
 
