@@ -1,36 +1,36 @@
 r"""
 What a prompt can do: PaliGemma in plain PyTorch, and the cheapest ways to make it write captions of another kind, inside 16 GB.
 
-    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, in minutes on a laptop
+    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, in minutes
     python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc prompt=soft place=after_image    # one GPU
     python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc compare=True    # seven ways, one table
     python paligemma_prompt.py stack=True siglip=google/siglip-so400m-patch14-224 gemma=google/gemma-2b data=data/risc train=lora
     python paligemma_prompt.py init_from=out/prompt_risc_soft_after_image/adapter.safetensors image=a.jpg,b.png
     python paligemma_prompt.py memory=True                       # what one step of each way takes at full size
 
-PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) reads a picture as 256 tokens of a SigLIP tower, through one matrix, and writes
-with Gemma, whose input is a row of vectors. Who sees whom (x) in it is neither GPT's triangle nor BERT's square:
+PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) reads a picture as 256 tokens of a SigLIP tower, through one matrix, and
+writes with Gemma, whose input is a row of vectors. Who sees whom (x) in it is neither GPT's triangle nor BERT's square:
 
                      picture     bos  caption en \n   a   red  roof          The prefix, picture and prompt, is there before anything is
         picture      x  x  x  x   x       x        x  .    .    .            written: all of it sees all of it. The suffix is written word
         bos          x  x  x  x   x       x        x  .    .    .            by word: each sees the prefix and what was written so far. The
-        caption en   x  x  x  x   x       x        x  .    .    .            prefix's last token predicts the first word, and only the suffix
+        caption en   x  x  x  x   x       x        x  .    .    .            prefix's last token predicts the first word; only the suffix
         \n           x  x  x  x   x       x        x  .    .    .   -> a     and its end are in the loss. Ones everywhere would leak the
-        a            x  x  x  x   x       x        x  x    .    .   -> red   answer; a triangle would hide the question from the picture, and
+        a            x  x  x  x   x       x        x  x    .    .   -> red   answer; a triangle would hide the question from the picture and
         red          x  x  x  x   x       x        x  x    x    .   -> roof  the picture's lower half from its upper.
         roof         x  x  x  x   x       x        x  x    x    x   -> eos
 
-A hard prompt is words. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is vectors that never were words: ten of them are
-trained, 20,480 numbers, all else is frozen. Rows of Gemma's table have length about 1 and are multiplied by sqrt(2048) = 45 on their way to
-layer 0. A soft prompt enters behind that multiplication, so it is born as copies of words at that size: raw rows would whisper among shouting
-neighbours, and learning at 0.01 a step would be long in making them heard. (The picture's tokens are not multiplied: their matrix was trained
-to the right size.) Where the ten enter is place=:
+A hard prompt is words. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is vectors that never were words: ten of them
+are trained, 20,480 numbers, all else is frozen. Rows of Gemma's table have length about 1 and are multiplied by sqrt(2048) = 45 on their
+way to layer 0. A soft prompt enters behind that multiplication, so it is born as copies of words at that size: raw rows would whisper
+among shouting neighbours, and learning at 0.01 a step would be long in making them heard. (The picture's tokens are not multiplied: their
+matrix was trained to the right size.) Where the ten enter is place=:
 
         before_image  [soft] picture bos caption en \n        after_bos      picture bos [soft] caption en \n
         after_image   picture [soft] bos caption en \n        before_suffix  picture bos caption en \n [soft]
 
-Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{split}.json, curves.png, captions.png}. The adapter is what was
-trained and no more, 80 kB for a soft prompt, and knows which model it belongs to.
+Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{split}.json, curves.png, captions.png}. The adapter is what
+was trained and no more, 80 kB for a soft prompt, and knows which model it belongs to.
 """
 import glob
 import json
@@ -60,15 +60,15 @@ from fineweb import configure, die, download, hub, save_atomically, show
 from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, peak_rss, plot, pyplot, read_log,
                         resume_optimizers, save_checkpoint, setup, start_wandb, take_step)
 from cider import evaluate as score
-from coco import draw_shapes, load_captions, open_image
+from coco import draw_shapes, load_captions, open_image, splits_of
 from train_caption import TokenizedCaptions, beam_search, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
 
-paligemma = None            # the model: hub name[@revision], folder, .safetensors, big_vision's .npz, "small" = a random one; None = the built-in road
+paligemma = None            # hub name[@revision], folder, .safetensors, big_vision's .npz; small = a random model; None = the built-in road
 tokenizer = None            # a SentencePiece file; None = tokenizer.model beside the weights
-data = None                 # a folder in COCO's layout (coco.py makes one of RISC's csv and of Karpathy's json); several, a,b: one a step, in turn
+data = None                 # folder in COCO's layout (coco.py makes one of RISC's csv, Karpathy's json); several, a,b: one a step, in turn
 out_dir = None              # where the run goes; None = out/prompt_{data}_{way to adapt}
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter.safetensors, with all its settings
 eval_only = False           # evaluate, train nothing
@@ -88,7 +88,7 @@ beam = 1                    # captions by beam search among so many, 1 = greedy
 image = None                # caption these pictures (a,b,...) with init_from's adapter, the newest by default
 batch_size = 8              # pictures a step; each with one of its captions, drawn anew each epoch
 max_length = 64             # longest caption, in tokens; the rest is cut, counted and said
-optimizer = None            # adamw, muon, sgd; None = sgd for train=attention, which spares two fp32 copies (as Google's notebook), else adamw
+optimizer = None            # adamw, muon, sgd; None = adamw, but for train=attention sgd (as Google's notebook): it spares two fp32 copies
 learning_rate = None        # the peak; None = RATES below
 min_lr = 0.0                # where the cosine ends
 warmup_steps = 10
@@ -96,7 +96,7 @@ max_steps = 500
 grad_clip = 1.0
 eval_interval = 100         # steps between looks at held-out pictures, each followed by a checkpoint
 log_interval = 20           # steps between printed lines
-recompute = None            # keep only each layer's input for the backward pass and compute the rest again; None = for models above 1e9 parameters
+recompute = None            # for the backward pass keep each layer's input only and compute the rest again; None = above 1e9 parameters
 seed = 1337
 device = None               # cuda, cpu, mps; None takes the best there is
 dtype = None                # of what is frozen: bfloat16 or float32; None = bfloat16 on CUDA. What is trained is float32
@@ -104,17 +104,20 @@ wandb_log = False           # mirror the log to Weights & Biases
 
 PLACES = ("before_image", "after_image", "after_bos", "before_suffix")
 WAYS = {"hard, zero-shot": dict(prompt="hard", train="none"), "hard + attention": dict(prompt="hard", train="attention"),
-        **{f"soft, {place}": dict(prompt="soft", train="none", place=place) for place in PLACES}, "hard + LoRA": dict(prompt="hard", train="lora")}
-RATES = dict(soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 2e-3), stack=(5e-4, 2e-3), all=(1e-5, 8e-3))  # for PaliGemma, for the small one
+        **{f"soft, {place}": dict(prompt="soft", train="none", place=place) for place in PLACES},
+        "hard + LoRA": dict(prompt="hard", train="lora")}
+# learning rates for PaliGemma and for the small one
+RATES = dict(hard=(0, 0), soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 2e-3), stack=(5e-4, 2e-3), all=(1e-5, 8e-3))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the prefix, T of all, S = cached + T; D = n_embd;
 # H query heads, G key heads, E = head_dim. `c` is one of these, as a namespace; v_ is the vision tower's
 
-FULL = dict(image_size=224, patch_size=14, v_layer=27, v_head=16, v_embd=1152, v_mlp=4304, n_layer=18, n_head=8, n_kv_head=1, head_dim=256, n_embd=2048,
-            n_mlp=16384, vocab_size=257_152, query_scale=1 / 16, gemma2=False, attn_softcap=None, final_softcap=None, rope_theta=10_000.0, eps=1e-6)
-SMALL = FULL | dict(image_size=64, patch_size=16, v_layer=3, v_head=4, v_embd=128, v_mlp=256, n_layer=4, n_head=4, head_dim=32, n_embd=128, n_mlp=384,
-                    vocab_size=480, query_scale=32 ** -0.5)
+FULL = dict(image_size=224, patch_size=14, v_layer=27, v_head=16, v_embd=1152, v_mlp=4304, n_layer=18, n_head=8, n_kv_head=1, head_dim=256,
+            n_embd=2048, n_mlp=16384, vocab_size=257_152, query_scale=1 / 16, gemma2=False, attn_softcap=None, final_softcap=None,
+            rope_theta=10_000.0, eps=1e-6)
+SMALL = FULL | dict(image_size=64, patch_size=16, v_layer=3, v_head=4, v_embd=128, v_mlp=256, n_layer=4, n_head=4, head_dim=32,
+                    n_embd=128, n_mlp=384, vocab_size=480, query_scale=32 ** -0.5)
 
 
 class SigLIPLayer(nn.Module):
@@ -128,13 +131,13 @@ class SigLIPLayer(nn.Module):
 
     def forward(self, x):
         h, a = self.layer_norm1(x), self.self_attn
-        q, k, v = (matrix(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))  # (B, heads, N, W / heads)
+        q, k, v = (matrix(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))  # B heads N E
         x = x + a.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class SigLIP(nn.Module):
-    """A ViT without a class token (Zhai et al. 2023): pictures (B, 3, size, size) in [-1, 1] -> all patches (B, N, v_embd), after the final norm."""
+    """A ViT without a class token (Zhai et al. 2023): pictures (B, 3, size, size) in [-1, 1] -> all patches (B, N, v_embd), normed."""
 
     def __init__(self, c):
         super().__init__()
@@ -145,7 +148,8 @@ class SigLIP(nn.Module):
 
     def forward(self, pixels):
         positions = self.embeddings.position_embedding.weight
-        x = self.embeddings.patch_embedding(pixels.to(positions.dtype)).flatten(2).mT + positions  # (B, W, rows, columns) -> (B, N, W)
+        x = self.embeddings.patch_embedding(pixels.to(positions.dtype))  # (B, W, rows, columns)
+        x = x.flatten(2).mT + positions  # (B, N, W)
         for layer in self.encoder.layers:
             x = layer(x)
         return self.post_layernorm(x)
@@ -164,7 +168,12 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Frozen in bfloat16; or trained, in fp32, and cast for each matmul; or frozen beside two thin trained matrices (LoRA, Hu et al. 2021)."""
+    """Frozen in bfloat16; or trained in fp32, cast for each matmul; or frozen beside two thin trained matrices (LoRA, Hu et al. 2021)."""
+
+    def add_lora(self, rank):
+        n_out, n_in = self.weight.shape
+        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=self.weight.device) * n_in ** -0.5)
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=self.weight.device))  # zero: it starts from the model as it is
 
     def forward(self, x):
         y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -174,7 +183,7 @@ class Linear(nn.Linear):
 
 
 def rotate(x, start, theta):
-    """RoPE (Su et al. 2021): turns x (B, heads, T, E), at positions start, start + 1, ...; entry e is paired with e + E/2, not with its neighbour."""
+    """RoPE (Su et al. 2021): turns x (B, heads, T, E), whose first position is start; entry e is paired with e + E/2, not its neighbour."""
     T, E = x.shape[2:]
     frequency = theta ** (-torch.arange(0, E, 2, device=x.device) / E)
     angle = torch.arange(start, start + T, device=x.device)[:, None] * frequency  # (T, E/2)
@@ -187,10 +196,10 @@ class GemmaLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c, D, q, kv = c, c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        self.self_attn = nn.ModuleDict({name: Linear(n_in, n_out, bias=False) for name, n_in, n_out in
-                                        (("q_proj", D, q), ("k_proj", D, kv), ("v_proj", D, kv), ("o_proj", q, D))})
-        self.mlp = nn.ModuleDict({name: Linear(n_in, n_out, bias=False) for name, n_in, n_out in
-                                  (("gate_proj", D, c.n_mlp), ("up_proj", D, c.n_mlp), ("down_proj", c.n_mlp, D))})
+        self.self_attn = nn.ModuleDict(dict(q_proj=Linear(D, q, bias=False), k_proj=Linear(D, kv, bias=False),
+                                            v_proj=Linear(D, kv, bias=False), o_proj=Linear(q, D, bias=False)))
+        self.mlp = nn.ModuleDict(dict(gate_proj=Linear(D, c.n_mlp, bias=False), up_proj=Linear(D, c.n_mlp, bias=False),
+                                      down_proj=Linear(c.n_mlp, D, bias=False)))
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
         if c.gemma2:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
@@ -201,10 +210,12 @@ class GemmaLayer(nn.Module):
         q, k = rotate(q, start, c.rope_theta), rotate(k, start, c.rope_theta)  # (B, H, T, E), (B, G, T, E)
         if cache:
             k, v = cache.add(layer, k, v)  # (B, G, S, E)
-        k, v = (t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2) for t in (k, v))  # H / G query heads share each key head
+        k, v = (t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2) for t in (k, v))  # (B, H, S, E)
         if c.attn_softcap:  # fused attention knows no cap
             score = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))  # (B, H, T, S)
-            y = (score if seen is None else score.masked_fill(~seen, -math.inf)).float().softmax(-1).to(v.dtype) @ v
+            if seen is not None:
+                score = score.masked_fill(~seen, -math.inf)
+            y = score.float().softmax(-1).to(v.dtype) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=c.query_scale)
         return a.o_proj(y.transpose(1, 2).flatten(2))
@@ -234,7 +245,7 @@ class Gemma(nn.Module):
         return self.embed_tokens(idx) * self.c.n_embd ** 0.5
 
     def forward(self, x, P, cache=None):
-        """Embeddings (B, T, D) -> hidden states (B, T, D). The first P see each other; the rest, and what the cache holds, is seen from behind only."""
+        """Embeddings (B, T, D) -> hidden states (B, T, D). The first P see each other; the rest is seen only by what comes after it."""
         T, seen = x.shape[1], None
         if T > P:
             seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (who looks, at whom)
@@ -249,7 +260,7 @@ class Gemma(nn.Module):
         return x
 
     def head(self, x):
-        """Hidden states (..., D) -> logits in fp32, from the unscaled table, whose rows after the tokenizer's last word (<image>, padding) stand for nothing."""
+        """Hidden states (..., D) -> fp32 logits, from the unscaled table, but for its last rows, which are no words (<image>, padding)."""
         logits, cap = F.linear(self.norm(x), self.embed_tokens.weight[:self.n_words]).float(), self.c.final_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
@@ -270,23 +281,23 @@ class PaliGemma(nn.Module):
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, siglip=None):
         """
-        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors with its config.json, or big_vision's .npz.
-        With `siglip`, the tower comes from that checkpoint, Gemma from `name`, and the projector between them is random. All of it is frozen.
+        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors with a config.json, or big_vision's .npz.
+        With `siglip`, the tower is that checkpoint's, Gemma is `name`'s, and the projector between them is random. All of it is frozen.
         Tensors go from the file to their place one by one: beside the model, host memory holds only the one in hand.
         """
-        c, sources, shapes = describe(name, siglip)
+        c, shapes, stream = open_model(name, siglip)
         with torch.device("meta"):
             model = cls(c)
         fit(name, {key: p.shape for key, p in model.named_parameters() if not (siglip and "projector" in key)}, shapes)
         try:
-            for part, _, stream, _ in sources:
-                for key, tensor in stream():
-                    if key.startswith(part):
-                        put(model, key, tensor.to(device, dtype, copy=True))
+            for key, tensor in stream():
+                put(model, key, tensor.to(device, dtype, copy=True))
         except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
             die(f"{name} is damaged ({problem}): get it anew")
-        if siglip:  # the final norm leaves sum(w^2 + b^2) of squares in a token, whatever the picture: so image tokens can be born at the size of words
-            norm, words = model.vision_tower.post_layernorm, model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
+        if siglip:
+            # the final norm leaves sum(w^2 + b^2) of squares in a token, whatever the picture: image tokens can be born at words' size
+            norm = model.vision_tower.post_layernorm
+            words = model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
             size = words.square().mean().sqrt() / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
             put(model, "multi_modal_projector.linear.weight", torch.randn(c.n_embd, c.v_embd, device=device) * size)
             put(model, "multi_modal_projector.linear.bias", torch.zeros(c.n_embd, device=device))
@@ -300,36 +311,47 @@ def put(module, key, tensor, train=False):
 
 def fit(path, own, given):
     """Ends the run unless the tensors that a file gives, {name: shape}, are those that are wanted."""
-    wrong = [f"{key} is missing" for key in own if key not in given] + [f"{key} is unknown" for key in given if key not in own]
-    wrong += [f"{key} is {tuple(given[key])} instead of {tuple(own[key])}" for key in own if key in given and tuple(own[key]) != tuple(given[key])]
+    wrong = [f"{key} is missing" for key in own if key not in given]
+    wrong += [f"{key} is unknown" for key in given if key not in own]
+    both = [(key, tuple(given[key]), tuple(own[key])) for key in own if key in given]
+    wrong += [f"{key} is {theirs} instead of {ours}" for key, theirs, ours in both if theirs != ours]
     if wrong:
         die(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints, in the two formats that were published. Each opens as {our name: shape}, a function that yields (our name, tensor), and config.json
+# checkpoints, in the two formats that were published: {our name: shape}, a function that yields (our name, tensor), and config.json
 
 
-def describe(name, siglip=None):
-    """What a checkpoint's files say before any tensor is read: the config, the files as (part to take, *open_checkpoint), and all shapes."""
-    sources = [("language_model." if siglip else "", *open_checkpoint(name))] + ([("vision_tower.", *open_checkpoint(siglip))] if siglip else [])
-    shapes = {key: shape for part, theirs, *_ in sources for key, shape in theirs.items() if key.startswith(part)}
-    text, vision = sources[0][-1], sources[-1][-1]
-    return read_config(name, shapes, text.get("text_config", text), vision.get("vision_config", vision)), sources, shapes
+def open_model(name, siglip=None):
+    """What a model's files say before any tensor is read: the config, {name: shape}, and a function that yields (name, tensor)."""
+    parts = [("", *open_checkpoint(name))]
+    if siglip:
+        parts = [("language_model.", *parts[0][1:]), ("vision_tower.", *open_checkpoint(siglip))]
+    shapes = {key: shape for part, theirs, _, _ in parts for key, shape in theirs.items() if key.startswith(part)}
+
+    def stream():
+        for part, _, tensors, _ in parts:
+            yield from ((key, tensor) for key, tensor in tensors() if key.startswith(part))
+
+    text, vision = parts[0][-1], parts[-1][-1]
+    return read_config(name, shapes, text.get("text_config", text), vision.get("vision_config", vision)), shapes, stream
 
 
 def open_checkpoint(name):
-    if not os.path.exists(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
-        die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
+    path = locate(name)
     try:
-        path = name if os.path.exists(name) else fetch(name)
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (OSError, ValueError, LookupError, AssertionError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
-        die(f"{name} is not a whole checkpoint, in safetensors with a config.json or in big_vision's .npz ({type(problem).__name__}: {problem})")
+    except (OSError, ValueError, LookupError, AssertionError, RuntimeError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
+        die(f"{name} is not a whole checkpoint, safetensors with a config.json or big_vision's .npz ({type(problem).__name__}: {problem})")
 
 
-def fetch(name):
-    """Downloads a model from the hub into a folder, whose name it returns."""
+def locate(name):
+    """A path as it is; a name on the hub as the folder that the model is downloaded into."""
+    if os.path.exists(name):
+        return name
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
+        die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
     folder, (repo, _, revision) = os.path.join("pretrained", name.replace("/", "_")), name.partition("@")
     print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set HF_TOKEN to a token of yours", flush=True)
     tree = download(f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json"))
@@ -341,11 +363,12 @@ def fetch(name):
 
 def open_safetensors(path):
     """A folder in Hugging Face's layout, one file or shards, or a single file with its config.json beside it."""
-    folder, files = (path, ["model.safetensors"]) if os.path.isdir(path) else os.path.split(path)
-    index = os.path.join(folder, "model.safetensors.index.json")
-    files = [files] if files != ["model.safetensors"] else sorted(set(json.load(open(index))["weight_map"].values())) if os.path.exists(index) else files
-    where, shapes = {}, {}
-    for file in (os.path.join(folder, file) for file in files):
+    folder, files, where, shapes = os.path.dirname(path), [path], {}, {}
+    if os.path.isdir(path):
+        folder, index = path, os.path.join(path, "model.safetensors.index.json")
+        names = set(json.load(open(index))["weight_map"].values()) if os.path.exists(index) else ["model.safetensors"]
+        files = [os.path.join(path, name) for name in names]
+    for file in files:
         with safetensors.safe_open(file, "pt") as f:
             metadata = f.metadata()
             for key in f.keys():
@@ -354,106 +377,125 @@ def open_safetensors(path):
 
     def stream():
         for name in sorted(where, key=lambda name: "embed" not in name):  # the table first: while it is converted, it is in memory twice
-            with safetensors.safe_open(where[name][0], "pt") as f:  # opened anew each time: what was read of a mapped file counts as ours until it is closed
-                yield name, f.get_tensor(where[name][1])
+            file, key = where[name]
+            with safetensors.safe_open(file, "pt") as f:  # opened anew: what was read of a mapped file counts as ours until it is closed
+                yield name, f.get_tensor(key)
 
     config = os.path.join(folder, "config.json")  # a model that was trained whole here carries its own
     return shapes, stream, json.load(open(config)) if os.path.exists(config) else json.loads((metadata or {}).get("config", "{}"))
 
 
+PREFIXES = {"language_model.model.": "language_model.", "vision_tower.vision_model.": "vision_tower.", "vision_model.": "vision_tower.",
+            "embed_tokens.": "language_model.embed_tokens.", "layers.": "language_model.layers.", "norm.": "language_model.norm."}
+
+
 def our_name(key):
     """Our name of a tensor, whichever of the published namings the file uses; None for what we have no use for."""
     key = key.removeprefix("model.")
-    for theirs, ours in {"language_model.model.": "language_model.", "vision_tower.vision_model.": "vision_tower.", "vision_model.": "vision_tower.",
-                         **{part: "language_model." + part for part in ("embed_tokens.", "layers.", "norm.")}}.items():  # the last: Gemma by itself
+    for theirs, ours in PREFIXES.items():
         if key.startswith(theirs):
             key = ours + key.removeprefix(theirs)
-    useless = "lm_head." in key or key.startswith(("text_model.", "logit_", "vision_tower.head."))  # the table once more; the rest of a SigLIP
-    return None if useless else key
+    if "lm_head." in key or key.startswith(("text_model.", "logit_", "vision_tower.head.")):  # the table once more; the rest of a SigLIP
+        return None
+    return key
 
 
-SAME, FLIP, HEADS_IN = (lambda w: w), (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))  # (in, out) and (heads, in, E) -> (out, in), with out = heads * E
-OUT, IN = (lambda w: w.flatten(0, 1).mT), (lambda w: w.flatten(1).mT)  # (heads, E, out) and (in, heads, E) -> (out, in)
-BIG_VISION = {  # {(its prefix, ours): [(its name without /kernel, /scale or /w, ours without .weight, how its array becomes ours)]}; {} = all layers, stacked
-    ("img/", ""): [
-        ("embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)), ("head", "multi_modal_projector.linear", FLIP),
-        ("pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]), ("Transformer/encoder_norm", "vision_tower.post_layernorm", SAME)],
-    ("img/Transformer/encoderblock/", "vision_tower.encoder.layers.{}."): [
-        ("LayerNorm_0", "layer_norm1", SAME), ("LayerNorm_1", "layer_norm2", SAME), ("MlpBlock_0/Dense_0", "mlp.fc1", FLIP), ("MlpBlock_0/Dense_1", "mlp.fc2", FLIP),
-        *((f"MultiHeadDotProductAttention_0/{name}", f"self_attn.{name[0]}_proj", IN) for name in ("query", "key", "value")),
-        ("MultiHeadDotProductAttention_0/out", "self_attn.out_proj", OUT)],
-    ("llm/", "language_model."): [("embedder/input_embedding", "embed_tokens", SAME), ("final_norm", "norm", SAME)],
-    ("llm/layers/", "language_model.layers.{}."): [
-        ("attn/q_einsum", "self_attn.q_proj", HEADS_IN), ("attn/attn_vec_einsum", "self_attn.o_proj", OUT), ("mlp/linear", "mlp.down_proj", FLIP),
-        ("attn/kv_einsum", "self_attn.k_proj", lambda w: HEADS_IN(w[0])), ("attn/kv_einsum", "self_attn.v_proj", lambda w: HEADS_IN(w[1])),
-        ("mlp/gating_einsum", "mlp.gate_proj", lambda w: w[0].mT), ("mlp/gating_einsum", "mlp.up_proj", lambda w: w[1].mT),
-        ("pre_attention_norm", "input_layernorm", SAME), ("post_attention_norm", "post_attention_layernorm", SAME),
-        ("pre_ffw_norm", "pre_feedforward_layernorm", SAME), ("post_ffw_norm", "post_feedforward_layernorm", SAME)]}
+# how an array becomes our (out, in) matrix, from (out, in); (in, out); (heads, in, E); (in, heads, E); (heads, E, out)
+SAME, FLIP, HEADS_IN = (lambda w: w), (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))
+IN_HEADS, HEADS_OUT = (lambda w: w.flatten(1).mT), (lambda w: w.flatten(0, 1).mT)
+BLOCK, HEADS = "img/Transformer/encoderblock/", "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/"
+TOWER, GEMMA = "vision_tower.encoder.layers.{}.", "language_model.layers.{}."  # {}: the arrays of all layers are one, stacked
+BIG_VISION = [  # (its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours)
+    ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),
+    ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
+    ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", SAME),
+    ("img/head", "multi_modal_projector.linear", FLIP),
+    (BLOCK + "LayerNorm_0", TOWER + "layer_norm1", SAME), (BLOCK + "LayerNorm_1", TOWER + "layer_norm2", SAME),
+    (BLOCK + "MlpBlock_0/Dense_0", TOWER + "mlp.fc1", FLIP), (BLOCK + "MlpBlock_0/Dense_1", TOWER + "mlp.fc2", FLIP),
+    (HEADS + "query", TOWER + "self_attn.q_proj", IN_HEADS), (HEADS + "key", TOWER + "self_attn.k_proj", IN_HEADS),
+    (HEADS + "value", TOWER + "self_attn.v_proj", IN_HEADS), (HEADS + "out", TOWER + "self_attn.out_proj", HEADS_OUT),
+    ("llm/embedder/input_embedding", "language_model.embed_tokens", SAME), ("llm/final_norm", "language_model.norm", SAME),
+    ("llm/layers/attn/q_einsum", GEMMA + "self_attn.q_proj", HEADS_IN),
+    ("llm/layers/attn/attn_vec_einsum", GEMMA + "self_attn.o_proj", HEADS_OUT),
+    ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.k_proj", lambda w: HEADS_IN(w[0])),
+    ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.v_proj", lambda w: HEADS_IN(w[1])),
+    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.gate_proj", lambda w: FLIP(w[0])),
+    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.up_proj", lambda w: FLIP(w[1])),
+    ("llm/layers/mlp/linear", GEMMA + "mlp.down_proj", FLIP),
+    ("llm/layers/pre_attention_norm", GEMMA + "input_layernorm", SAME),
+    ("llm/layers/post_attention_norm", GEMMA + "post_attention_layernorm", SAME),
+    ("llm/layers/pre_ffw_norm", GEMMA + "pre_feedforward_layernorm", SAME),
+    ("llm/layers/post_ffw_norm", GEMMA + "post_feedforward_layernorm", SAME)]
 
 
 def open_npz(path):
     """big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is read a layer at a time."""
-    def header(f):
-        np.lib.format.read_magic(f)
-        shape, by_column, kind = np.lib.format.read_array_header_1_0(f)
-        assert not by_column, f"{f.name} is stored column by column"
-        return shape, kind
-
-    archive, members, shapes, said = zipfile.ZipFile(path), [], {}, dict(text_config={}, vision_config={})
-    names = sorted(archive.namelist(), key=lambda name: "embed" not in name)  # the table first, as above
-    gemma2 = any("post_ffw_norm" in name for name in names)
-    for name in names:
-        key = name.removesuffix(".npy").removeprefix("params/")
-        base, _, leaf = key.rpartition("/")
-        rows = [(prefix + ours + ".bias", torch.flatten) if leaf == "bias" else (prefix + ours + ".weight", how) for (start, prefix), block in BIG_VISION.items()
-                for theirs, ours, how in block if start + theirs == (base if leaf in ("kernel", "bias", "scale", "w") else key)]
+    archive, members, shapes, text, vision = zipfile.ZipFile(path), [], {}, {}, {}
+    files = sorted(archive.namelist(), key=lambda file: "embed" not in file)  # the table first, as above
+    gemma2 = any("post_ffw_norm" in file for file in files)
+    for file in files:
+        with archive.open(file) as f:
+            np.lib.format.read_magic(f)
+            shape, by_column, kind = np.lib.format.read_array_header_1_0(f)
+            begin = f.tell()
+        assert not by_column, f"{file} is stored column by column"
+        key = file.removesuffix(".npy").removeprefix("params/")
+        base, leaf = re.fullmatch("(.*?)(/kernel|/bias|/scale|/w)?", key).groups()
+        rows = [(ours + ".weight", how) for theirs, ours, how in BIG_VISION if theirs == base]
+        if leaf == "/bias":
+            rows = [(ours.replace(".weight", ".bias"), torch.flatten) for ours, _ in rows]
         if not gemma2:  # Gemma 1's norm before the MLP goes by another name
             rows = [(ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows]
-        with archive.open(name) as f:
-            shape, kind = header(f)
-        layers = shape[0] if rows and "{}" in rows[0][0] else None
-        one = shape if layers is None else shape[1:]
-        members.append((name, rows, layers or 1, one, kind))
-        for ours, how in rows or [(key, SAME)]:  # an unknown key keeps its name, and `fit` will say it
-            shapes |= {ours.format(i): how(torch.empty(one, device="meta")).shape for i in range(layers or 1)}
+        rows = rows or [(key, SAME)]  # an unknown key keeps its name, and `fit` will say it
+        n_layer, shape_of_one = (shape[0], shape[1:]) if "{}" in rows[0][0] else (1, shape)
+        members.append((file, begin, rows, n_layer, shape_of_one, kind))
+        for ours, how in rows:
+            shapes |= {ours.format(i): how(torch.empty(shape_of_one, device="meta")).shape for i in range(n_layer)}
         if base.endswith("q_einsum"):
-            said["text_config"]["head_dim"] = shape[-1]
+            text["head_dim"] = shape[-1]
         if base.endswith("/query"):
-            said["vision_config"]["num_attention_heads"] = shape[-2]
+            vision["num_attention_heads"] = shape[-2]
 
     def stream():
-        for name, rows, layers, shape, kind in members:
-            with archive.open(name) as f:
-                header(f)
-                for i in range(layers):
+        for file, begin, rows, n_layer, shape, kind in members:
+            with archive.open(file) as f:
+                f.seek(begin)
+                for i in range(n_layer):
                     w = np.empty(shape, kind)
                     raw = w.reshape(-1).view(np.uint8)
-                    for start in range(0, len(raw), 1 << 24):
+                    for start in range(0, len(raw), 1 << 24):  # what readinto reads is in memory twice: 16 MB at a time
                         f.readinto(raw[start:start + (1 << 24)])
-                    w = torch.from_numpy(w.view(np.int16)).view(torch.bfloat16) if kind.kind == "V" else torch.from_numpy(w)  # numpy knows no bfloat16
+                    is_bfloat16 = kind.kind == "V"  # a type that numpy has no name for
+                    w = torch.from_numpy(w.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(w)
                     yield from ((ours.format(i), how(w)) for ours, how in rows)
 
-    return shapes, stream, said
+    return shapes, stream, dict(text_config=text, vision_config=vision)
 
 
 def read_config(name, shapes, text, vision):
-    """Sizes are the tensors'; what those don't show is config.json's, and what that leaves out, as Google's files do, is PaliGemma's own."""
+    """Sizes are the tensors'; what those don't show is config.json's; what that leaves out, as Google's files do, is PaliGemma's own."""
     def size(key, axis=0):
-        return shapes[key + ".weight"][axis] if key + ".weight" in shapes else die(f"{name}: {key}.weight is missing: this is not all of a PaliGemma")
+        if key + ".weight" not in shapes:
+            die(f"{name}: {key}.weight is missing: this is not all of a PaliGemma")
+        return shapes[key + ".weight"][axis]
 
-    def layers(said, part):
-        return said.get("num_hidden_layers") or 1 + max(int(key.removeprefix(part).split(".")[0]) for key in shapes if key.startswith(part))
+    def n_layers(said, norm):
+        return said.get("num_hidden_layers") or sum(key.endswith(norm) for key in shapes)
 
-    E, patch, first = text.get("head_dim") or 256, size("vision_tower.embeddings.patch_embedding", 2), "language_model.layers.0."
-    gemma2 = first + "pre_feedforward_layernorm.weight" in shapes  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
-    return SimpleNamespace(
-        image_size=math.isqrt(size("vision_tower.embeddings.position_embedding")) * patch, patch_size=patch, v_layer=layers(vision, "vision_tower.encoder.layers."),
-        v_head=vision.get("num_attention_heads") or 16, v_embd=size("vision_tower.embeddings.patch_embedding"), v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"),
-        n_layer=layers(text, "language_model.layers."), n_head=size(first + "self_attn.q_proj") // E, n_kv_head=size(first + "self_attn.k_proj") // E, head_dim=E,
-        n_embd=size("language_model.embed_tokens", 1), n_mlp=size(first + "mlp.gate_proj"), vocab_size=size("language_model.embed_tokens"), gemma2=gemma2,
-        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5, attn_softcap=text.get("attn_logit_softcapping", 50.0) if gemma2 else None,
-        final_softcap=text.get("final_logit_softcapping", 30.0) if gemma2 else None, eps=text.get("rms_norm_eps") or 1e-6,
-        rope_theta=text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0)
+    eyes, first, E = "vision_tower.embeddings.", "language_model.layers.0.", text.get("head_dim") or 256
+    patch, gemma2 = size(eyes + "patch_embedding", 2), first + "pre_feedforward_layernorm.weight" in shapes
+    theta = text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
+    c = SimpleNamespace(
+        image_size=math.isqrt(size(eyes + "position_embedding")) * patch, patch_size=patch, v_head=vision.get("num_attention_heads") or 16,
+        v_layer=n_layers(vision, ".layer_norm1.weight"), v_embd=size(eyes + "patch_embedding"),
+        v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"), n_layer=n_layers(text, ".input_layernorm.weight"), head_dim=E,
+        n_head=size(first + "self_attn.q_proj") // E, n_kv_head=size(first + "self_attn.k_proj") // E,
+        n_embd=size("language_model.embed_tokens", 1), n_mlp=size(first + "mlp.gate_proj"), vocab_size=size("language_model.embed_tokens"),
+        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5, gemma2=gemma2, attn_softcap=None, final_softcap=None,
+        rope_theta=theta, eps=text.get("rms_norm_eps") or 1e-6)
+    if gemma2:  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
+        c.attn_softcap, c.final_softcap = text.get("attn_logit_softcapping", 50.0), text.get("final_logit_softcapping", 30.0)
+    return c
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -461,28 +503,29 @@ def read_config(name, shapes, text, vision):
 
 
 class Prompted(nn.Module):
-    """A frozen PaliGemma; bos and `hard`, the tokens of the hard prompt with its "\\n"; and what is trained: a soft prompt, or parts of Gemma, or beside it."""
+    """A frozen PaliGemma, asked by bos and `hard`, the prompt's tokens and "\\n"; and what is trained of it, in it or beside it."""
 
-    def __init__(self, model, bos, hard, prompt="hard", n_soft=10, place="after_image", order="image,bos,prompt", train="none", lora_rank=8, stack=False):
+    def __init__(self, model, bos, hard, prompt="hard", n_soft=10, place="after_image", order="image,bos,prompt", train="none", lora_rank=8,
+                 stack=False):
         super().__init__()
-        self.model, self.pieces, language = model, order.split(","), model.language_model
-        device = language.norm.weight.device
-        self.words = dict(bos=torch.tensor([bos], device=device))
+        self.model, self.pieces, self.soft, language = model, order.split(","), None, model.language_model
+        self.words = dict(bos=torch.tensor([bos], device=language.norm.weight.device))
         self.ask(hard)
         if prompt == "soft":
-            image = self.pieces.index("image")
-            self.pieces.insert(dict(before_image=image, after_image=image + 1, after_bos=self.pieces.index("bos") + 1, before_suffix=3)[place], "soft")
+            image, bos = self.pieces.index("image"), self.pieces.index("bos")
+            self.pieces.insert(dict(before_image=image, after_image=image + 1, after_bos=bos + 1, before_suffix=3)[place], "soft")
             rows = language.embed(self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"]).detach().float()  # scaled already
             self.soft = nn.Parameter(rows[torch.arange(n_soft) % len(rows)])  # (n_soft, D)
         for layer in language.layers:
             if train == "attention":
                 train_in_fp32(layer.self_attn)
-            for matrix in (*layer.self_attn.values(), *layer.mlp.values()) if train == "lora" else ():
-                n_out, n_in = matrix.weight.shape
-                matrix.lora_a = nn.Parameter(torch.randn(lora_rank, n_in, device=device) * n_in ** -0.5)
-                matrix.lora_b = nn.Parameter(torch.zeros(n_out, lora_rank, device=device))  # zero: it starts from the model as it is
-        if train == "all" or stack:
-            train_in_fp32(model if train == "all" else model.multi_modal_projector)
+            if train == "lora":
+                for matrix in (*layer.self_attn.values(), *layer.mlp.values()):
+                    matrix.add_lora(lora_rank)
+        if train == "all":
+            train_in_fp32(model)
+        elif stack:
+            train_in_fp32(model.multi_modal_projector)
 
     def ask(self, hard):
         self.words["prompt"] = torch.tensor(hard, device=self.words["bos"].device)
@@ -491,16 +534,16 @@ class Prompted(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def prefix(self, pixels):
-        """Pictures (B, 3, size, size) -> (B, P, D). SigLIP, while frozen, keeps nothing for the backward pass: nothing in it could get a gradient."""
+        """Pictures (B, 3, size, size) -> (B, P, D). SigLIP, while frozen, keeps nothing for a backward pass: nothing in it takes part."""
         language = self.model.language_model
-        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.look(pixels), soft=getattr(self, "soft", None))
+        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.look(pixels), soft=self.soft)
         return torch.cat([pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
 
     def forward(self, idx, pixels, targets, owner=None):
         """
-        The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is what stands before each: first the end of the prefix,
-        whatever idx says, then words. Padding comes last, where no word sees it, and all prefixes are of one length: one mask serves all rows.
-        owner (B,): which of the pictures each row is about; None = row i about picture i.
+        The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is what stands before each: first the end of
+        the prefix, whatever idx says, then words. Padding comes last, where no word sees it, and all prefixes are of one length: one mask
+        serves all rows. owner (B,): which of the pictures each row is about; None = row i about picture i.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
         prefix = prefix if owner is None else prefix[owner]
@@ -510,14 +553,16 @@ class Prompted(nn.Module):
         def part(x, targets):
             return F.cross_entropy(language.head(x), targets, reduction="sum")
 
-        # logits of the suffix only, of 64 words at a time, and computed again in the backward pass: those of 8 x 300 tokens would be 2.5 GB in fp32
-        return sum(checkpoint(part, *some, use_reentrant=False) for some in zip(x.flatten(0, 1).split(64), targets.flatten().split(64)))
+        # logits of the suffix only, 64 words at a time, and once more in the backward pass: those of 8 x 300 tokens would be 2.5 GB in fp32
+        parts = zip(x.flatten(0, 1).split(64), targets.flatten().split(64))
+        return sum(checkpoint(part, *some, use_reentrant=False) for some in parts)
 
     @torch.no_grad()
     def generate(self, pixels, stop, max_new_tokens, beam=1):
         """Captions, greedy or the best of a beam search, as tokens (B, up to max_new_tokens), each ended by `stop`."""
-        language, c, prefix = self.model.language_model, self.model.config, self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
-        keys = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)  # the cache holds the G key heads only
+        language, c = self.model.language_model, self.model.config
+        prefix = self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
+        keys = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)  # G key heads, not H
         cache = KVCache(keys, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
 
         def step(new):  # the first call, with a dummy for a token, reads the prefix
@@ -539,6 +584,15 @@ def make_optimizer(asked, name):
     return [torch.optim.SGD(asked.trained().values(), lr=1.0)] if name == "sgd" else make_optimizers(asked, name, 1.0, 0.0)
 
 
+def save_adapter(path, tensors, settings, c):
+    """What was trained, and all that it takes to load it again. A model that was trained whole is its own paligemma=."""
+    if settings["train"] == "all":
+        settings = settings | dict(paligemma=path, train="none")
+    sizes = dict(text_config=dict(head_dim=c.head_dim, rope_theta=c.rope_theta), vision_config=dict(num_attention_heads=c.v_head))
+    content = safetensors.torch.save(tensors, dict(settings=json.dumps(settings), config=json.dumps(sizes)))
+    save_atomically(path, lambda f: f.write(content))
+
+
 def load_adapter(path):
     """-> what was trained, {name: tensor}, and the settings that it was trained with."""
     try:
@@ -550,6 +604,16 @@ def load_adapter(path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # words and pictures
+
+
+def learn_tokenizer(path, captions):
+    """A small one, as Gemma's: words as they stand, bytes for what it does not know, "\\n" a token by itself."""
+    from sentencepiece import SentencePieceTrainer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(captions), model_prefix=path.removesuffix(".model"), model_type="bpe", vocab_size=SMALL["vocab_size"],
+        byte_fallback=True, user_defined_symbols=["\n"], add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
 
 
 class Tokenizer:
@@ -564,8 +628,8 @@ class Tokenizer:
             die(f"{file} is not a SentencePiece model ({problem}): put the checkpoint's tokenizer.model there, or say tokenizer=")
         self.encode = self.encode_ordinary_batch = pieces.encode  # of a text, of a list of texts
         self.decode, self.bos, self.eot_token, self.n_vocab = pieces.decode, pieces.bos_id(), pieces.eos_id(), pieces.get_piece_size()
-        if len(self.encode("\n")) != 1:
-            die(f'{file}: "\\n" ends the prefix and must be one token, but is {len(self.encode(chr(10)))}: this is not a PaliGemma\'s tokenizer')
+        if (n := len(self.encode("\n"))) != 1:
+            die(f'{file}: "\\n" ends the prefix and must be one token, but is {n}: this is not a PaliGemma\'s tokenizer')
 
 
 class Pictures:
@@ -600,7 +664,7 @@ def read_split(data, split, size):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that are alive, and their peak, through whatever is computed inside. Fake tensors count as if they were real."""
+    """Follows the bytes of all tensors that are alive, and their peak. Fake tensors count as if they were real."""
     live = peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -624,14 +688,18 @@ def random_model(c, device, dtype=torch.float32):
         model = PaliGemma(c)
     for key, p in list(model.named_parameters()):
         w = torch.zeros(p.shape, dtype=dtype, device=device)  # right for biases, and for RMSNorm
-        put(model, key, w.normal_(0, p[0].numel() ** -0.5) if p.dim() > 1 else w + ("vision_tower" in key and key.endswith("weight")))
+        if p.dim() > 1:
+            w.normal_(0, p[0].numel() ** -0.5)
+        elif "vision_tower" in key and key.endswith("weight"):
+            w.fill_(1)
+        put(model, key, w)
     return model
 
 
 def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, **way):
     """
-    GiB that a training step takes, weights included: measured on a GPU; elsewhere computed, by taking the step with fake tensors, which have
-    shapes but no content, and following which of them are alive.
+    GiB that a training step takes, weights included: measured on a GPU; elsewhere computed, by taking the step with fake tensors, which
+    have shapes but no content, and following which of them are alive.
     """
     real = "cuda" in device
     with nullcontext() if real else FakeTensorMode():
@@ -649,58 +717,86 @@ def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, 
     return (torch.cuda.max_memory_allocated() if real else live.peak) / 2**30
 
 
+def report_memory(device):
+    """Prints what one training step of each way takes at full size."""
+    source = f"measured on {torch.cuda.get_device_name()}" if "cuda" in device else "computed on fake tensors"
+    print("a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in bfloat16: "
+          f"GiB of memory, weights and all, {source}\n\n{'':24} |    B=1 |    B=4 |    B=8")
+    ways = {"soft prompt": dict(prompt="soft"), "attention (SGD)": dict(train="attention"), "LoRA": dict(train="lora"),
+            "stack: LoRA + projector": dict(train="lora", stack=True)}
+    for label, way in ways.items():
+        sizes = [f"{step_memory(SimpleNamespace(**FULL), B, device, **way):6.2f}" for B in (1, 4, 8)]
+        print(f"{label:24} | {' | '.join(sizes)}", flush=True)
+
+
 def check_memory(c, device, dtype, batch_size, way):
     """Ends the run, before anything is loaded, if a training step would not fit into the free memory; names what would."""
     if "cuda" in device:
-        free = torch.cuda.mem_get_info()[0]
+        free = torch.cuda.mem_get_info()[0] / 2**30
+    elif os.path.exists("/proc/meminfo"):
+        free = int(re.search(r"MemAvailable: *(\d+)", open("/proc/meminfo").read())[1]) / 2**20
     else:
-        free = int(re.search(r"MemAvailable: *(\d+)", open("/proc/meminfo").read())[1]) * 1024 if os.path.exists("/proc/meminfo") else math.inf
-    soft = dict(prompt="soft")
-    way = soft if way["prompt"] == "hard" and way["train"] == "none" and not way["stack"] else way  # what trains nothing takes a little less
-    need = step_memory(c, batch_size, "cpu", dtype, **way)
-    if need < free / 2**30:
         return
-    for hint, kind, other in (("batch_size=1", dtype, way), ("prompt=soft train=none batch_size=1 dtype=bfloat16", torch.bfloat16, soft), ("nothing here", dtype, way)):
-        if step_memory(c, 1, "cpu", kind, **other) < free / 2**30:
-            break
-    die(f"a step would take {need:.1f} GiB, and {device} has {free / 2**30:.1f} free. What would fit: {hint}")
+    soft = dict(prompt="soft")
+    if way["prompt"] == "hard" and way["train"] == "none" and not way["stack"]:
+        way = soft  # what trains nothing takes a little less
+    need = step_memory(c, batch_size, "cpu", dtype, **way)
+    if need < free:
+        return
+    hint = "nothing here"
+    if step_memory(c, 1, "cpu", dtype, **way) < free:
+        hint = "batch_size=1"
+    elif step_memory(c, 1, "cpu", torch.bfloat16, **soft) < free:
+        hint = "prompt=soft train=none batch_size=1 dtype=bfloat16"
+    die(f"a step would take {need:.1f} GiB, and {device} has {free:.1f} free. What would fit: {hint}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the built-in road: a small PaliGemma of a drawn world, in which people speak of what they see in two ways
 
 FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain", cross="airplane", picture="satellite view")
-BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100, eval_interval=25, log_interval=25)
 WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))  # shares of pictures seen from above and of captions in a surveyor's words
-# asked in six ways, of which every other means the surveyor's words: a model that has met one prompt only learns to ignore it, and none will steer it
-PRETRAIN = ("paligemma=small", "data=data/scenes,data/surveys", "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
-            *"out_dir=out/prompt_small train=all optimizer=muon batch_size=32 eval_interval=250 log_interval=50".split())
+# asked in six ways, of which every other means the surveyor's words: a model that has met one prompt only learns to ignore it
+PRETRAIN = ("paligemma=small", "train=all", "data=data/scenes,data/surveys", "out_dir=out/prompt_small", "optimizer=muon", "batch_size=32",
+            "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
+            "eval_interval=250", "log_interval=50")
+BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100,
+               eval_interval=25, log_interval=25)
 
 
 def drawn_world(pictures, words):
-    """A style for draw_shapes: a share of pictures is seen from above, on the colours of the ground, a share of captions is in a surveyor's words."""
+    """A style for draw_shapes: shares of pictures seen from above, on the colours of the ground, and of captions in a surveyor's words."""
+    def survey(said):
+        return " ".join(FROM_ABOVE.get(word, word) for word in said.split())
+
     def style(rng, picture, captions):
         if rng.random() < pictures:
             ground = Image.frombytes("L", (9, 9), rng.randbytes(81)).resize((64, 64), Image.BICUBIC)
             picture = ImageChops.multiply(picture, ImageOps.colorize(ground, (150, 135, 100), (190, 215, 165)))  # from earth to grass
-        return picture, [" ".join(FROM_ABOVE.get(word, word) for word in said.split()) if rng.random() < words else said for said in captions]
+        return picture, [survey(said) if rng.random() < words else said for said in captions]
 
     return style
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the ways to adapt, side by side
+
+
 def results_table(rows):
-    head = f"{'':<20} | {'trained':>9} | {'peak GB':>7} | {'s/step':>6} | {'BLEU-4':>6} | {'CIDEr':>6} | {'perplexity':>10} | {'wrong picture':>13}"
-    return "\n".join([head] + [f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | {r['seconds_per_step']:>6.2f} | {100 * r['Bleu_4']:>6.1f} | "
-                               f"{100 * r['CIDEr']:>6.1f} | {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}" for r in rows])
+    lines = [f"{'':<20} | {'trained':>9} | {'peak GB':>7} | s/step | BLEU-4 | {'CIDEr':>6} | perplexity | wrong picture"]
+    for r in rows:
+        scores = f"{100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} | {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
+        lines.append(f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | {r['seconds_per_step']:>6.2f} | {scores}")
+    return "\n".join(lines)
 
 
 def draw_comparison(path, rows):
     """The table as bars."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
-    for ax, (title, key, scale, form) in zip(axes, (("trained parameters", "trained", 1, ",.0f"), ("peak memory, GB", "peak_GB", 1, ".2f"),
-                                                    ("seconds a step", "seconds_per_step", 1, ".2f"), ("BLEU-4 x 100", "Bleu_4", 100, ".1f"),
-                                                    ("CIDEr x 100", "CIDEr", 100, ".1f"))):
+    bars = (("trained parameters", "trained", 1, ",.0f"), ("peak memory, GB", "peak_GB", 1, ".2f"),
+            ("seconds a step", "seconds_per_step", 1, ".2f"), ("BLEU-4 x 100", "Bleu_4", 100, ".1f"), ("CIDEr x 100", "CIDEr", 100, ".1f"))
+    for ax, (title, key, scale, form) in zip(axes, bars):
         ax.bar_label(ax.barh([r["way"] for r in rows], [scale * r[key] for r in rows]), fmt=f"{{:{form}}}", padding=2, fontsize=8)
         ax.set_title(title, fontsize=10)
         ax.margins(x=0.3)
@@ -709,102 +805,111 @@ def draw_comparison(path, rows):
     plt.close(fig)
 
 
+def compare_ways(config, folder):
+    """Runs this script once for each of WAYS, otherwise with the same settings, and draws how they did. Returns a row for each."""
+    rows, losses, perplexities = [], {}, {}
+    for way, some in WAYS.items():
+        mine = os.path.join(folder, re.sub(r"\W+", "_", way))
+        settings = config | some | dict(compare=False, out_dir=mine)
+        run("paligemma_prompt.py", *(f"{name}={value}" for name, value in settings.items() if value is not None))
+        log = f"{mine}/log.csv"
+        rows.append(json.load(open(f"{mine}/results.json")) | dict(way=way, log=log))
+        losses[way], perplexities[way] = curve(read_log(log), "loss"), curve(read_log(log), "perplexity")
+    save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    plot(f"{folder}/curves.png", {"loss (nats a token)": losses, "perplexity of held-out captions": perplexities})
+    draw_comparison(f"{folder}/comparison.png", rows)
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    config, saved = configure(globals()), {}
+    # ---- the settings. Between the defaults and the command line stands what an adapter was trained with, or what the built-in road takes
+    configure(globals())
     if image and init_from == "scratch" and not (paligemma or stack):
-        runs = sorted((path for path in glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True) if "prompt_small" not in path), key=os.path.getmtime)
-        init_from = runs[-1] if runs else die("image= needs an adapter (init_from=), or a model (paligemma=): `python paligemma_prompt.py` makes both")
+        runs = [path for path in glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True) if "prompt_small" not in path]
+        if not runs:
+            die("image= needs an adapter (init_from=), or a model (paligemma=): `python paligemma_prompt.py` makes both")
+        init_from = max(runs, key=os.path.getmtime)
+    saved, preset = {}, {}
     if init_from.endswith(".safetensors"):
-        saved, about = load_adapter(init_from)
-        config = configure(globals(), about | dict(init_from=init_from))
-    builtin = None
-    if not (paligemma or stack or memory):
-        config, builtin = configure(globals(), BUILTIN), True
+        saved, preset = load_adapter(init_from)
+    elif not (paligemma or stack or memory):
+        preset = BUILTIN
+    config = configure(globals(), preset | dict(init_from=init_from))
     for name, allowed in dict(prompt=("hard", "soft"), train=("none", "attention", "lora", "all"), place=PLACES).items():
         if config[name] not in allowed:
             die(f"{name}={config[name]}: {', '.join(allowed)}")
     if sorted(order.split(",")) != ["bos", "image", "prompt"] or min(n_soft, lora_rank, batch_size) < 1:
-        die(f"order={order} n_soft={n_soft} lora_rank={lora_rank} batch_size={batch_size}: order has image, bos and prompt, each once; numbers are 1 or more")
-    if stack and not (siglip and gemma) or not (memory or builtin or image or data):
-        die("stack=True needs siglip= and gemma=, the checkpoints to build from" if stack else "data= is missing: a folder in COCO's layout")
-    _, world, device, _ = me = setup(device, dtype)
-    if world > 1:
+        die(f"order={order} n_soft={n_soft} lora_rank={lora_rank} batch_size={batch_size}: three pieces, each once; numbers of 1 or more")
+    if stack and not (siglip and gemma):
+        die("stack=True needs siglip= and gemma=, the checkpoints to build from")
+    if not (data or image or memory):
+        die("data= is missing: a folder in COCO's layout")
+    me = setup(device, dtype)
+    if me.world > 1:
         die("what is trained here is small: run it as one process, without torchrun")
-    me = me._replace(autocast=nullcontext())  # our layers know themselves what is in which precision
-    frozen = torch.bfloat16 if dtype == "bfloat16" or dtype is None and "cuda" in device else torch.float32
-    way = dict(prompt=prompt, n_soft=n_soft, place=place, order=order, train=train, lora_rank=lora_rank, stack=stack)
-    t_start = time.time()
+    frozen = torch.float32 if isinstance(me.autocast, nullcontext) else torch.bfloat16
+    device, me = me.device, me._replace(autocast=nullcontext())  # our layers know themselves what is in which precision
+    data_name, t_start = os.path.basename(os.path.normpath(data or "zero-shot")), time.time()
 
     if memory:
-        print(f"a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in bfloat16: GiB of memory, weights and all, "
-              f"{'measured on ' + torch.cuda.get_device_name() if 'cuda' in device else 'computed on fake tensors'}\n\n{'':24} |    B=1 |    B=4 |    B=8")
-        for label, some in {"soft prompt": dict(prompt="soft"), "attention (SGD)": dict(train="attention"), "LoRA": dict(train="lora"),
-                            "stack: LoRA + projector": dict(train="lora", stack=True)}.items():
-            print(f"{label:24} | " + " | ".join(f"{step_memory(SimpleNamespace(**FULL), B, device, **some):6.2f}" for B in (1, 4, 8)), flush=True)
+        report_memory(device)
         sys.exit(0)
 
-    if builtin:
-        print("No PaliGemma was named (paligemma=), so a small one is made here, from nothing, taught to caption drawn scenes, and then prompted: this shows the\n"
-              "machinery at work, not what PaliGemma can do. What is on disk already is not made again.", flush=True)
-        for world_, shares in WORLDS.items():
-            if not os.path.exists(f"data/{world_}/annotations/captions_val2017.json"):
-                draw_shapes(f"data/{world_}", 3000, seed, 1, drawn_world(*shares))
+    if preset is BUILTIN:
+        print("No PaliGemma was named (paligemma=), so a small one is made here, taught to caption drawn scenes, and then prompted: this\n"
+              "shows the machinery at work, not what PaliGemma can do. What is on disk already is not made again.", flush=True)
+        for world, shares in WORLDS.items():
+            if "val2017" not in splits_of(f"data/{world}"):
+                draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
         if not os.path.exists(BUILTIN["paligemma"]):
             run("paligemma_prompt.py", *PRETRAIN, f"max_steps={5 * max_steps}")
 
     if compare:
-        folder, rows = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data))}_all", []
-        for label, some in WAYS.items():
-            mine = os.path.join(folder, re.sub(r"\W+", "_", label))
-            run("paligemma_prompt.py", *(f"{k}={v}" for k, v in (config | some | dict(compare=False, out_dir=mine)).items() if v is not None))
-            rows.append(json.load(open(f"{mine}/results.json")) | dict(way=label, log=f"{mine}/log.csv"))
-        save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
-        logs = {r["way"]: read_log(r["log"]) for r in rows}
-        plot(f"{folder}/curves.png", {title: {label: curve(log, key) for label, log in logs.items()} for title, key in
-                                      {"loss (nats a token)": "loss", "perplexity of held-out captions": "perplexity"}.items()})
-        draw_comparison(f"{folder}/comparison.png", rows)
-        print(f"\n{results_table(rows)}\n\nlook at {folder}/comparison.png, curves.png and each run's captions.png; {time.time() - t_start:.0f} s in all")
+        folder = out_dir or f"out/prompt_{data_name}_all"
+        print(f"\n{results_table(compare_ways(config, folder))}\n\n"
+              f"look at {folder}/comparison.png, curves.png and each run's captions.png; {time.time() - t_start:.0f} s in all")
         sys.exit(0)
 
-    # ---- the model, and what of it is trained
-    kind = "stack" if stack else prompt if train == "none" else train
+    # ---- the model
+    kind = prompt if train == "none" else train
+    if stack:
+        kind = "stack"
     if image and init_from.endswith(".safetensors"):
         out_dir = out_dir or os.path.dirname(init_from)
-    out_dir = out_dir or f"out/prompt_{os.path.basename(os.path.normpath(data or 'zero-shot'))}_{kind}" + (f"_{place}" if prompt == "soft" else "")
-    source, folders = gemma if stack else paligemma, (data or "").split(",")
+    out_dir = out_dir or f"out/prompt_{data_name}_{kind}" + (f"_{place}" if prompt == "soft" else "")
+    os.makedirs(out_dir, exist_ok=True)
     if not image:
         show(config | dict(out_dir=out_dir))
     torch.manual_seed(seed)
+    source, folders = gemma if stack else paligemma, (data or "").split(",")
+    way = dict(prompt=prompt, n_soft=n_soft, place=place, order=order, train=train, lora_rank=lora_rank, stack=stack)
     if source == "small":
-        from sentencepiece import SentencePieceTrainer
-
-        os.makedirs(out_dir, exist_ok=True)
-        tokenizer = os.path.join(out_dir, "tokenizer.model")  # as Gemma's: words as they stand, bytes for what it does not know, "\n" a token by itself
-        SentencePieceTrainer.train(sentence_iterator=(text for folder in folders for said in load_captions(folder, "train2017")[1] for text in said), model_prefix=tokenizer[:-6],
-                                   model_type="bpe", vocab_size=SMALL["vocab_size"], byte_fallback=True, user_defined_symbols=["\n"], add_dummy_prefix=False,
-                                   remove_extra_whitespaces=False, normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
-        c = SimpleNamespace(**SMALL)
-        model = random_model(c, device)
+        vocabulary = os.path.join(out_dir, "tokenizer.model")
+        learn_tokenizer(vocabulary, (text for folder in folders for said in load_captions(folder, "train2017")[1] for text in said))
+        model = random_model(SimpleNamespace(**SMALL), device)
     else:
-        c, *_ = describe(source, siglip if stack else None)
+        path = locate(source)
+        c, *_ = open_model(path, siglip if stack else None)
         if c.n_embd > 1000:
             check_memory(c, device, frozen, batch_size, way)
-        model = PaliGemma.from_pretrained(source, device, frozen, siglip if stack else None)
-        folder = os.path.join("pretrained", source.replace("/", "_")) if not os.path.exists(source) else source if os.path.isdir(source) else os.path.dirname(source)
-        tokenizer = tokenizer or os.path.join(folder, "tokenizer.model")
-    text = Tokenizer(tokenizer)
-    if not 0 <= c.vocab_size - text.n_vocab < 128:  # tables are padded, to a multiple of 64 or 128
-        die(f"{tokenizer} has {text.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows for them: they don't belong together")
-    model.language_model.n_words = text.n_vocab
-    prompts = [text.encode(prompt) + text.encode("\n") for prompt in words.split(",")]  # apart: "\n" must not melt into the last word
-    asked = Prompted(model, text.bos, prompts[0], **way)
-    total, trained = sum(p.numel() for p in asked.parameters()), asked.trained()
+        model = PaliGemma.from_pretrained(path, device, frozen, siglip if stack else None)
+        vocabulary = tokenizer or os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "tokenizer.model")
+    c, enc = model.config, Tokenizer(vocabulary)
+    if not 0 <= c.vocab_size - enc.n_vocab < 128:  # tables are padded, to a multiple of 64 or 128
+        die(f"{vocabulary} has {enc.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows for them: they don't belong together")
+    model.language_model.n_words = enc.n_vocab
+
+    # ---- how it is asked, and what of it is trained
+    prompts = [enc.encode(some) + enc.encode("\n") for some in words.split(",")]  # apart: "\n" must not melt into the last word
+    asked = Prompted(model, enc.bos, prompts[0], **way)
+    trained, total = asked.trained(), sum(p.numel() for p in asked.parameters())
+    n_trained = sum(p.numel() for p in trained.values())
     model.language_model.recompute = total > 1e9 if recompute is None else recompute
-    resumed = load_checkpoint(os.path.join(out_dir, "ckpt.pt")) if init_from == "resume" else None
-    saved = resumed["trained"] if resumed else saved
-    os.makedirs(out_dir, exist_ok=True)
+    if init_from == "resume":
+        resumed = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        saved = resumed["trained"]
     if saved and trained:
         fit(init_from, {key: p.shape for key, p in trained.items()}, {key: tensor.shape for key, tensor in saved.items()})
         for key, tensor in saved.items():
@@ -813,53 +918,53 @@ if __name__ == "__main__":
     if image:
         files = image.split(",")
         pixels = torch.from_numpy(Pictures(files, c.image_size)[range(len(files))]).to(device)
-        captions = to_text(asked.generate(pixels, text.eot_token, max_length, beam), text)
-        print("\n".join(f"{file}: {said}" for file, said in zip(files, captions)))
-        draw_captions(os.path.join(out_dir, "image.png"), [open_image(file) for file in files], captions, columns=min(4, len(files)))
+        said = to_text(asked.generate(pixels, enc.eot_token, max_length, beam), enc)
+        print("\n".join(f"{file}: {caption}" for file, caption in zip(files, said)))
+        draw_captions(os.path.join(out_dir, "image.png"), [open_image(file) for file in files], said, columns=min(4, len(files)))
         print(f"drawn in {out_dir}/image.png")
         sys.exit(0)
 
-    # ---- pictures and captions
-    split = "test2017" if os.path.exists(os.path.join(folders[0], "annotations", "captions_test2017.json")) else "val2017"
+    # ---- pictures and captions: to train on; to be judged by; and for a look on the way, 256 pictures with a caption each
+    tasks = []
+    for folder in folders:
+        _, said, seen = read_split(folder, "train2017", c.image_size)
+        tasks.append((TokenizedCaptions(said, enc, max_length), seen))
+    split = "test2017" if "test2017" in splits_of(folders[0]) else "val2017"
     images, references, pictures = read_split(folders[0], split, c.image_size)
-    captions = TokenizedCaptions(references, text, max_length)
-    tasks = [(TokenizedCaptions(said, text, max_length), seen) for _, said, seen in (read_split(folder, "train2017", c.image_size) for folder in folders)]
-    watched = "val2017" if os.path.exists(os.path.join(folders[0], "annotations", "captions_val2017.json")) else split
-    _, val_said, val_pictures = read_split(folders[0], watched, c.image_size)
-    glance, val_pictures.files = TokenizedCaptions([said[:1] for said in val_said[:256]], text, max_length), val_pictures.files[:256]  # one caption each
-    optimizer = optimizer or ("sgd" if train == "attention" and c.n_embd > 1000 else "adamw")
-    learning_rate = learning_rate or RATES.get(kind, (0, 0))[c.n_embd < 1000]
-    max_steps, step = (0 if eval_only or not trained else max_steps), 0
-    optimizers = make_optimizer(asked, optimizer) if trained else []
-    if resumed:
-        resume_optimizers(optimizers, resumed, "ckpt.pt")
-        step = resumed["step"]
+    captions = TokenizedCaptions(references, enc, max_length)
+    _, said, glanced = read_split(folders[0], "val2017" if "val2017" in splits_of(folders[0]) else split, c.image_size)
+    glance, glanced.files = TokenizedCaptions([some[:1] for some in said[:256]], enc, max_length), glanced.files[:256]
     if cut := captions.cut + sum(said.cut for said, _ in tasks):
         print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
-    n_trained = sum(p.numel() for p in trained.values())
-    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {sum(len(seen) for _, seen in tasks):,} pictures to train on, {len(images):,} to be judged by "
-          f"({split}) | {device}", flush=True)
-    log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "lr", "norm", "ms"], step)
-    wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
 
     # ---- the loop
+    optimizer = optimizer or ("sgd" if train == "attention" and c.n_embd > 1000 else "adamw")
+    optimizers = make_optimizer(asked, optimizer) if trained else []
+    learning_rate = learning_rate or RATES[kind][c.n_embd < 1000]
+    step = 0
+    if eval_only or not trained:
+        max_steps = 0
+    if init_from == "resume":
+        resume_optimizers(optimizers, resumed, "ckpt.pt")
+        step = resumed["step"]
+    n_pictures = sum(len(seen) for _, seen in tasks)
+    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {n_pictures:,} pictures to train on, "
+          f"{len(images):,} to be judged by ({split}) | {device}", flush=True)
+    log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "lr", "norm", "ms"], step)
+    wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
     t0, first_step = time.time(), step
     while True:
         row = dict(step=step)
-        asked.ask(prompts[0])
         if step % eval_interval == 0 or step >= max_steps:
-            row["perplexity"] = perplexity(asked, val_pictures, glance, me, batch_size=4 * batch_size)
-            print(f"step {step:5d}/{max_steps} | perplexity of {len(val_pictures)} held-out captions {row['perplexity']:.3f}", flush=True)
+            asked.ask(prompts[0])
+            row["perplexity"] = perplexity(asked, glanced, glance, me, batch_size=4 * batch_size)
+            print(f"step {step:5d}/{max_steps} | perplexity of {len(glanced)} held-out captions {row['perplexity']:.3f}", flush=True)
             if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
                 tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
-                file = os.path.join(out_dir, "adapter.safetensors")
-                about = {k: config[k] for k in ("paligemma", "tokenizer", "siglip", "gemma", "words", "max_length", *way)}
-                about |= dict(paligemma=file, train="none") if train == "all" else {}  # then it is a model of its own
-                sizes = dict(text_config=dict(head_dim=c.head_dim, rope_theta=c.rope_theta), vision_config=dict(num_attention_heads=c.v_head))
-                content = safetensors.torch.save(tensors, dict(settings=json.dumps(about), config=json.dumps(sizes)))
-                save_atomically(file, lambda f: f.write(content))
-                save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(trained=tensors, optimizers=[opt.state_dict() for opt in optimizers], step=step,
-                                                                       settings=config | dict(optimizer=optimizer)))
+                about = dict(paligemma=paligemma, tokenizer=tokenizer, siglip=siglip, gemma=gemma, words=words, max_length=max_length) | way
+                save_adapter(os.path.join(out_dir, "adapter.safetensors"), tensors, about, c)
+                save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(trained=tensors, optimizers=[opt.state_dict() for opt in optimizers],
+                                                                       step=step, settings=config | dict(optimizer=optimizer)))
         if step >= max_steps:
             break
         t1 = time.time()
@@ -877,18 +982,19 @@ if __name__ == "__main__":
             wandb.log(row, step=step)
         if step % log_interval == 0 or step == max_steps - 1:
             left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
-            print(f"step {step:5d}/{max_steps} | loss {row['loss']:.4f} | norm {norm:.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | {left / 60:.1f} min left", flush=True)
+            print(f"step {step:5d}/{max_steps} | loss {row['loss']:.4f} | norm {norm:.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | "
+                  f"{left / 60:.1f} min left", flush=True)
         step += 1
+    log.add(**row)
 
     # ---- judged on the whole split
-    said = caption_split(asked, pictures, text, max_length, me, beam, batch_size=4 * batch_size)
-    right, wrong = (perplexity(asked, pictures, captions, me, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
-    log.add(**row)
+    said = caption_split(asked, pictures, enc, max_length, me, beam, batch_size=4 * batch_size)
     scores, _ = score(said, references)
+    right, wrong = (perplexity(asked, pictures, captions, me, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
     ms = [r["ms"] for r in log.rows if r.get("ms")]
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
-    results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms)) / 1000 if ms else 0.0, perplexity=right,
-                   perplexity_wrong_picture=wrong, **scores, step=step, split=split, settings=config)
+    results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms or 0)) / 1000,
+                   perplexity=right, perplexity_wrong_picture=wrong, **scores, step=step, split=split, settings=config)
     coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
     for file, content in (("results.json", results), (f"captions_{split}.json", coco_results)):
         save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))

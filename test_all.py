@@ -1680,6 +1680,13 @@ def test_broken_checkpoints_end_with_one_line(name, content, tmp_path, capsys):
     assert capsys.readouterr().err.strip().count("\n") == 0
 
 
+def test_an_array_of_too_few_dimensions_ends_with_one_line(tmp_path, capsys):
+    np.savez(tmp_path / "model.npz", **{"params/img/head/kernel": np.zeros(3, np.float32)})
+    with pytest.raises(SystemExit):
+        PaliGemma.from_pretrained(str(tmp_path / "model.npz"))
+    assert "not a whole checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of a process")
 def test_loading_holds_one_tensor_at_a_time(tmp_path):
     """Both formats, in bfloat16: the process grows by less than the file and its largest tensor, which is in memory twice while it is converted."""
@@ -1913,6 +1920,7 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
     ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
     ("paligemma=nowhere data=aerial", "no such file or folder"),
     ("stack=True data=aerial", "siglip= and gemma="),
+    ("stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors", "data= is missing"),
     ("paligemma=base/adapter.safetensors", "data= is missing"),
 ])
 def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monkeypatch, capsys):
