@@ -116,9 +116,9 @@ def load_captions(data, split):
     return images, captions
 
 
-def save_captions(data, split, content):
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
-    save_atomically(captions_file(data, split), lambda f: f.write(json.dumps(content).encode()))
+def save_json(path, content, indent=None):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save_atomically(path, lambda f: f.write(json.dumps(content, indent=indent).encode()))
 
 
 def features_file(data, encoder, split):
@@ -132,7 +132,7 @@ def read_about(path):
 
 
 def save_about(path, about):
-    save_atomically(path.removesuffix(".npy") + ".json", lambda f: f.write(json.dumps(about).encode()))
+    save_json(path.removesuffix(".npy") + ".json", about)
 
 
 def identity(images):
@@ -305,7 +305,7 @@ def convert(entries, data):
     for split, (images, annotations) in sets.items():
         if twice := [name for name, times in Counter(image["file_name"] for image in images).items() if times > 1]:
             die(f"{len(twice):,} names stand for several pictures of {split}, such as {twice[0]}: they can't lie in one folder")
-        save_captions(data, split, dict(images=images, annotations=annotations))
+        save_json(captions_file(data, split), dict(images=images, annotations=annotations))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ def draw_shapes(data, n_train, seed, n_objects=None, style=None):
     text = "".join(a["caption"] + "\n" for a in sets["train2017"]["annotations"])
     save_atomically(os.path.join(data, "train_captions.txt"), lambda f: f.write(text.encode()))
     for split in SPLITS:  # the annotations come last: where they are, the pictures are whole
-        save_captions(data, split, sets[split])
+        save_json(captions_file(data, split), sets[split])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -613,7 +613,7 @@ def leave_out(data, split, ids):
     with open(path, encoding="utf-8") as f:
         whole = json.load(f)
     less = {key: [entry for entry in whole[key] if entry[own] not in ids] for key, own in (("images", "id"), ("annotations", "image_id"))}
-    save_captions(data, split, whole | less)
+    save_json(captions_file(data, split), whole | less)
     print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
 
 
