@@ -658,8 +658,8 @@ def compare_variants(folder, words, split):
 # ----------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    # ---- what is asked for. A trap: every lowercase number, string, bool or None that has a name when `configure` is called is a setting to
-    # it, and it is called twice here. What is named in between is of other types
+    # ---- what is asked for. `configure` is called twice, and takes every number, string, bool or None under a lowercase name for a setting: a
+    # new name before the second call must stand for something else
     config = configure(globals())
     if fusion not in ("xattn", "linear", "qformer", "all"):
         die(f"fusion={fusion}: xattn, linear, qformer or all")
