@@ -219,15 +219,14 @@ def download_coco(data):
         die(f"{endpoint} does not answer ({type(problem).__name__}): try again later, or name a mirror in COCO_ENDPOINT")
     here = [file for pattern in ("*2017.zip*", *(f"{split}/*" for split in lacking)) for file in glob.glob(os.path.join(data, pattern))]
     need_space(data, sum(sizes) + max(sizes) - sum(map(os.path.getsize, here)), "COCO, the largest zip beside what comes out of it,")
-    zips = {part: os.path.join(data, os.path.basename(url)) for part, url in urls.items()}
-    for part, path in zips.items():
-        download(urls[part], path)
+    for part, url in urls.items():
+        path = download(url, os.path.join(data, os.path.basename(url)))
         unpack(path, data, "annotations/captions_" if part == "annotations" else f"{part}/")
         if part in SPLITS:
             if lost := missing_pictures(data, part):
                 die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, part)}, such as {lost[0]}: delete it and run this again")
             os.remove(path)
-    os.remove(zips["annotations"])
+    os.remove(os.path.join(data, os.path.basename(urls["annotations"])))
 
 
 def unpack(path, data, start):

@@ -400,9 +400,8 @@ def caption_split(model, features, tokenizer, max_length, me, beam=1, batch_size
 
 def published_protocol(said, references, seed, n=50 * 128):
     """
-    Scores as the published table has them: 50 batches of 128 pictures, one reference drawn for each, words split on spaces. The literature
-    counts otherwise, so never compare the two: against all five references a caption may agree with any of them, the rarity of
-    words is counted in five times as much text, and in Penn Treebank tokens "Dog." is "dog".
+    Scores as the published table has them: 50 batches of 128 pictures, one reference drawn for each, words split on spaces. They can't be
+    compared with the literature's, where a caption may agree with any of five references, in whose text the rarity of words is counted too.
     """
     rng = np.random.default_rng(seed)
     drawn = [[refs[rng.integers(len(refs))].split()] for refs in references[:n]]
