@@ -28,7 +28,6 @@ import difflib
 import glob
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -517,17 +516,15 @@ class OpenCLIP(nn.Module):
         mend_torchvision()
         import open_clip
 
-        def near(word, known):
-            return "such as " + ", ".join(difflib.get_close_matches(word, known, 4, 0.3))
-
         models, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
         weights = None if pretrained == "none" else pretrained
         if name not in models:
-            die(f"encoder={name} is not tagger, patches or a model of open_clip, {near(name, models)}")
+            near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
+            die(f"encoder={name} is not tagger, patches or a model of open_clip, such as {near}")
         if weights is None:
             print(f"CAUTION: {name} has random weights (pretrained=none). It sees next to nothing: good for trying the plumbing only", flush=True)
         elif weights not in tags and not os.path.isfile(weights):
-            die(f"pretrained={weights} is neither a file nor weights that open_clip has for {name}, {near(weights, tags)}; none = random weights")
+            die(f"pretrained={weights} is neither a file nor weights that open_clip has for {name}: {', '.join(tags)}; none = random weights")
         # OpenAI and a few others trained with a quick approximation of GELU; with the exact one their weights see noticeably worse.
         # open_clip knows which tags did. What a file needs, the model's name must say: encoder=ViT-B-32-quickgelu
         quick = weights is not None and open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
@@ -684,8 +681,8 @@ def regroup(data, json_path, target, encoder):
         images, captions = load_captions(data, split)
         if lost := [image["id"] for image in images if image["id"] not in split_of]:
             die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
-        for image, said in zip(images, captions):
-            entries.append((split_of[image["id"]], image["id"], os.path.join(data, split, image["file_name"]), said))
+        files = [os.path.join(data, split, image["file_name"]) for image in images]
+        entries += [(split_of[image["id"]], image["id"], file, said) for image, file, said in zip(images, files, captions)]
         if encoder != "none":
             features, about = load_features(data, encoder, split, len(images), images)
             row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
@@ -763,13 +760,12 @@ def explore(data, path):
     words_ax.barh(*zip(*reversed(top)), color="tab:gray")
     words_ax.set(title="commonest words of train2017", xlabel="times said")
     words_ax.tick_params(axis="y", labelsize=8)
-    chosen = sorted({round(i) for i in np.linspace(0, len(shown) - 1, 10)})
-    for ax, i in itertools.zip_longest(below.subplots(2, 5).flat, chosen):
+    grid = below.subplots(2, 5)
+    for ax in grid.flat:
         ax.axis("off")
-        if i is not None:
-            image, said = shown[i]
-            ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
-            ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
+    for ax, (image, said) in zip(grid.flat, shown[::math.ceil(len(shown) / 10)]):
+        ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
+        ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
     print(f"the figure: {path}")

@@ -21,7 +21,6 @@ Writes out_dir/{ckpt.pt, log.csv, results.json, captions_val2017.json, curves.pn
 """
 import functools
 import glob
-import itertools
 import json
 import math
 import os
@@ -384,8 +383,7 @@ def perplexity(model, features, captions, me, sight="right", batch_size=32):
 
 def caption_split(model, features, tokenizer, max_length, me, beam=1, batch_size=256):
     """The caption of every picture of a split, by beam search or greedy, as strings in their order."""
-    mine = {}  # this process's share, by picture
-    batch_size = max(1, batch_size // beam)
+    mine, batch_size = {}, max(1, batch_size // beam)
     for start in range(me.rank * batch_size, len(features), me.world * batch_size):
         numbers = np.arange(start, min(start + batch_size, len(features)))
         with me.autocast:
@@ -453,14 +451,12 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length):
     """Where each word of a caption looked, by the gated block whose attention differs most from word to word: one row a picture."""
     tokens = model.generate(features, tokenizer.eot_token, max_length)
     idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]  # what had been written when each word was chosen
-    weights = []
+    weights, plt = [], pyplot()
     model.hidden(idx, model.look(features), weights=weights)
     weights = torch.stack(weights).float().cpu()  # (blocks, B, T, S)
-    best = weights.std(2).mean((1, 2)).argmax()
-    grid = math.isqrt(weights.shape[-1])
+    best, grid = weights.std(2).mean((1, 2)).argmax(), math.isqrt(weights.shape[-1])
     rows = words_of(tokens, tokenizer)
     longest = max(1, *map(len, rows))
-    plt = pyplot()
     fig, axes = plt.subplots(len(rows), longest, figsize=(1.15 * longest, 1.45 * len(rows)), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
@@ -486,8 +482,7 @@ def load_run(path):
     checkpoint = load_checkpoint(path)
     if "gpt_config" not in checkpoint:
         die(f"{path} is not a checkpoint of train_caption.py")
-    was = checkpoint["settings"]
-    writer = GPT(GPTConfig(**checkpoint["gpt_config"]))
+    writer, was = GPT(GPTConfig(**checkpoint["gpt_config"])), checkpoint["settings"]
     model = Captioner(writer, was["fusion"], was["every"], checkpoint["width"], was["n_query"], was["dropout"])
     load_weights(model, checkpoint["model"], path)
     return checkpoint, model
@@ -543,8 +538,8 @@ def beside_the_plain_way(me, fusion, every, batch_size, compile, words=16):
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
-    B = batch_size if "cuda" in me.device else 16
-    bos, features, temporary = 50256, torch.randn(B, 50, 768), tempfile.TemporaryDirectory()
+    bos, B = 50256, batch_size if "cuda" in me.device else 16
+    features, temporary = torch.randn(B, 50, 768), tempfile.TemporaryDirectory()
     folder = temporary.name
     np.save(f"{folder}/features.npy", features.half().numpy())
     mapped = np.load(f"{folder}/features.npy", mmap_mode="r")
@@ -626,9 +621,10 @@ def take_the_built_in_road(config):
     print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
           "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
     for number, (what, result, command) in enumerate(stages, 1):
-        there = os.path.exists(result)
-        print(f"\n[{number}/5] {what}" + (f": {result} is there already" if there else ""), flush=True)
-        if not there:
+        print(f"\n[{number}/5] {what}", flush=True)
+        if os.path.exists(result):
+            print(f"{result} is there already", flush=True)
+        else:
             run(*command.split())
     typed = " ".join(f"{k}={config[k]}" for k in (*SHAPES_PRESET, "fusion", "every"))
     print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed}", flush=True)
@@ -677,14 +673,15 @@ if __name__ == "__main__":
         beside_the_plain_way(me, fusion, every, batch_size, compile)
         sys.exit(0)
     if image:
-        runs = sorted((path for path in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in path), key=os.path.getmtime)
-        if not (runs or out_dir):
+        found = [path for path in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in path]
+        runs = [os.path.join(out_dir, "ckpt.pt")] if out_dir else sorted(found, key=os.path.getmtime)
+        if not runs:
             die("image= needs a trained run: `python train_caption.py` trains one")
         torch.manual_seed(seed)
-        caption_pictures(str(image), os.path.join(out_dir, "ckpt.pt") if out_dir else runs[-1], me, temperature, top_k, num, beam)
+        caption_pictures(str(image), runs[-1], me, temperature, top_k, num, beam)
         sys.exit(0)
 
-    # between the defaults and the command line stands what the run was given that this one starts from, or what suits the bridge and the data
+    # between the defaults and the command line stands what the run had that this one starts from, or what suits the bridge and the data
     preset = dict(PREFIX_RECIPE) if fusion in ("linear", "qformer") else {}
     if init_from not in ("scratch", "resume"):
         checkpoint, model = load_run(init_from)
@@ -764,7 +761,7 @@ if __name__ == "__main__":
         print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
     if scst:
         words = [said + [END] for said in tokenize([caption for all_said in train_said for caption in all_said])]
-        train_words = [words[first:end] for first, end in itertools.pairwise(train_captions.of_image)]
+        train_words = [words[first:end] for first, end in zip(train_captions.of_image, train_captions.of_image[1:])]
         df = document_frequencies(train_words)
 
     # ---- the loop
