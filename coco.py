@@ -28,7 +28,6 @@ import difflib
 import glob
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -116,9 +115,9 @@ def load_captions(data, split):
     return images, captions
 
 
-def save_captions(data, split, content):
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
-    save_atomically(captions_file(data, split), lambda f: f.write(json.dumps(content).encode()))
+def save_json(path, content, indent=None):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    save_atomically(path, lambda f: f.write(json.dumps(content, indent=indent).encode()))
 
 
 def features_file(data, encoder, split):
@@ -132,7 +131,7 @@ def read_about(path):
 
 
 def save_about(path, about):
-    save_atomically(path.removesuffix(".npy") + ".json", lambda f: f.write(json.dumps(about).encode()))
+    save_json(path.removesuffix(".npy") + ".json", about)
 
 
 def identity(images):
@@ -146,19 +145,19 @@ def load_features(data, encoder, split, n_images, images=None):
     Given the json's images too, they must be those that were encoded, in the same order.
     """
     path, command = features_file(data, encoder, split), f"`python coco.py data={data} encoder={encoder}`"
-    about, here = read_about(path), [p for p in (path, path + ".part") if os.path.exists(p)]
-    done = about.get("done", n_images) - len(about.get("bad", []))
-    if here and done < about.get("images", n_images):
+    about = read_about(path)
+    if not os.path.exists(path):
+        if not (about and os.path.exists(path + ".part")):
+            die(f"{path} is missing: make it with {command}")
+        done = about["done"] - len(about["bad"])
         die(f"{path} is not finished: {done:,} of {about['images']:,} pictures are encoded; {command} goes on")
-    if path not in here:
-        die(f"{path} is missing: make it with {command}")
     try:
         features = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as problem:
         die(f"{path} is not a whole .npy file ({problem}): delete it and run {command}")
     if features.ndim != 3 or len(features) != n_images:
-        die(f"{path} has shape {features.shape}, but the captions of {split} belong to {n_images} images: encode again, or use the json it was made from")
-    if images and about.get("names", identity(images)["names"]) != identity(images)["names"]:
+        die(f"{path} has shape {features.shape}, but the captions of {split} belong to {n_images} images: encode again, or use its own json")
+    if about and images and about["names"] != identity(images)["names"]:
         die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in another order: delete it and run {command}")
     if not about and os.environ.get("RANK", "0") == "0":
         print(f"{path} is taken as it is: no .json beside it says what made it")
@@ -217,17 +216,16 @@ def download_coco(data):
         sizes = [int(requests.head(url, timeout=30, allow_redirects=True).headers.get("Content-Length", 0)) for url in urls.values()]
     except requests.RequestException as problem:
         die(f"{endpoint} does not answer ({type(problem).__name__}): try again later, or name a mirror in COCO_ENDPOINT")
-    here = sum(os.path.getsize(file) for part in ("*2017.zip*", *(f"{split}/*" for split in lacking)) for file in glob.glob(os.path.join(data, part)))
-    need_space(data, sum(sizes) + max(sizes) - here, "COCO, the largest zip beside what comes out of it,")
-    zips = {part: os.path.join(data, os.path.basename(url)) for part, url in urls.items()}
-    for part, path in zips.items():
-        download(urls[part], path)
+    here = [file for pattern in ("*2017.zip*", *(f"{split}/*" for split in lacking)) for file in glob.glob(os.path.join(data, pattern))]
+    need_space(data, sum(sizes) + max(sizes) - sum(map(os.path.getsize, here)), "COCO, the largest zip beside what comes out of it,")
+    for part, url in urls.items():
+        path = download(url, os.path.join(data, os.path.basename(url)))
         unpack(path, data, "annotations/captions_" if part == "annotations" else f"{part}/")
-        if part != "annotations":
+        if part in SPLITS:
             if lost := missing_pictures(data, part):
-                die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, part)}, such as {lost[0]}: delete it and run the same command again")
+                die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, part)}, such as {lost[0]}: delete it and run this again")
             os.remove(path)
-    os.remove(zips["annotations"])
+    os.remove(os.path.join(data, os.path.basename(urls["annotations"])))
 
 
 def unpack(path, data, start):
@@ -238,13 +236,14 @@ def unpack(path, data, start):
                 parts = member.filename.replace("\\", "/").split("/")
                 if ".." in parts or not parts[0] or ":" in parts[0] or stat.S_ISLNK(member.external_attr >> 16):
                     die(f"{path} is not COCO's: its member {member.filename!r} would be written outside {data}. Nothing was unpacked; delete it")
-            for member in tqdm(z.infolist(), desc=f"unpacking {start}", mininterval=1):
+            wanted = [member for member in z.infolist() if member.filename.startswith(start) and not member.is_dir()]
+            for member in tqdm(wanted, desc=f"unpacking {start}", mininterval=1):
                 target = os.path.join(data, member.filename)
-                wanted = member.filename.startswith(start) and not member.is_dir()
-                if wanted and not (os.path.exists(target) and os.path.getsize(target) == member.file_size):
-                    os.makedirs(os.path.dirname(target), exist_ok=True)
-                    with z.open(member) as content:  # reading to the end checks the member's CRC
-                        save_atomically(target, lambda f: shutil.copyfileobj(content, f))
+                if os.path.exists(target) and os.path.getsize(target) == member.file_size:
+                    continue
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                with z.open(member) as content:  # reading to the end checks the member's CRC
+                    save_atomically(target, lambda f: shutil.copyfileobj(content, f))
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         die(f"{path} is damaged ({problem}): delete it and run the same command again")
 
@@ -305,7 +304,7 @@ def convert(entries, data):
     for split, (images, annotations) in sets.items():
         if twice := [name for name, times in Counter(image["file_name"] for image in images).items() if times > 1]:
             die(f"{len(twice):,} names stand for several pictures of {split}, such as {twice[0]}: they can't lie in one folder")
-        save_captions(data, split, dict(images=images, annotations=annotations))
+        save_json(captions_file(data, split), dict(images=images, annotations=annotations))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -411,7 +410,7 @@ def draw_shapes(data, n_train, seed, n_objects=None, style=None):
     text = "".join(a["caption"] + "\n" for a in sets["train2017"]["annotations"])
     save_atomically(os.path.join(data, "train_captions.txt"), lambda f: f.write(text.encode()))
     for split in SPLITS:  # the annotations come last: where they are, the pictures are whole
-        save_captions(data, split, sets[split])
+        save_json(captions_file(data, split), sets[split])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -517,23 +516,22 @@ class OpenCLIP(nn.Module):
         mend_torchvision()
         import open_clip
 
-        def near(word, known):
-            return "such as " + ", ".join(difflib.get_close_matches(word, known, 4, 0.3))
-
-        if name not in (models := open_clip.list_models()):
-            die(f"encoder={name} is not tagger, patches or a model of open_clip, {near(name, models)}")
-        if random_weights := pretrained in (None, "none"):
+        models, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
+        weights = None if pretrained == "none" else pretrained
+        if name not in models:
+            near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
+            die(f"encoder={name} is not tagger, patches or a model of open_clip, such as {near}")
+        if weights is None:
             print(f"CAUTION: {name} has random weights (pretrained=none). It sees next to nothing: good for trying the plumbing only", flush=True)
-        elif pretrained not in (tags := open_clip.list_pretrained_tags_by_model(name)) and not os.path.isfile(pretrained):
-            die(f"pretrained={pretrained} is neither a file nor weights that open_clip has for {name}, {near(pretrained, tags)}; none = random weights")
+        elif weights not in tags and not os.path.isfile(weights):
+            die(f"pretrained={weights} is neither a file nor weights that open_clip has for {name}: {', '.join(tags)}; none = random weights")
         # OpenAI and a few others trained with a quick approximation of GELU; with the exact one their weights see noticeably worse.
         # open_clip knows which tags did. What a file needs, the model's name must say: encoder=ViT-B-32-quickgelu
-        quick = not random_weights and open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        quick = weights is not None and open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # random weights are the same ones each time
-                model, _, self.prepare = open_clip.create_model_and_transforms(
-                    name, pretrained=None if random_weights else pretrained, force_quick_gelu=quick)
+                model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=weights, force_quick_gelu=quick)
         except Exception as problem:  # open_clip, the hub's client, torch and pickle each have their own way to say it
             die(f"encoder={name} pretrained={pretrained} could not be loaded ({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
         self.visual, self.pretrained = model.visual, pretrained
@@ -611,9 +609,10 @@ def leave_out(data, split, ids):
     if not os.path.exists(copy):
         shutil.copyfile(path, copy)
     with open(path, encoding="utf-8") as f:
-        whole = json.load(f)
-    less = {key: [entry for entry in whole[key] if entry[own] not in ids] for key, own in (("images", "id"), ("annotations", "image_id"))}
-    save_captions(data, split, whole | less)
+        content = json.load(f)
+    content["images"] = [image for image in content["images"] if image["id"] not in ids]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in ids]
+    save_json(path, content)
     print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
 
 
@@ -622,7 +621,8 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
     Writes features/{encoder}_{split}.npy, which is called .npy.part until it is whole, and beside it what made it (`made_by`: encoder,
     weights) and how far it is. Returns the pictures that can't be read; as long as there are any, the file is not whole.
     """
-    path, (images, _) = features_file(data, made_by["encoder"], split), load_captions(data, split)
+    path = features_file(data, made_by["encoder"], split)
+    images, _ = load_captions(data, split)
     n, files = len(images), [os.path.join(data, split, image["file_name"]) for image in images]
     about = made_by | identity(images) | dict(done=0, bad=[])  # how many were looked at, in order; which of them can't be read
     there = [p for p in (path, path + ".part") if os.path.exists(p)]
@@ -634,7 +634,7 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
         load_features(data, made_by["encoder"], split, n, images)
         print(f"{path} is there already")
         return []
-    if there and before.get("done"):
+    if before.get("done"):
         about, rows = before, np.lib.format.open_memmap(path + ".part", "r+")
     else:
         blank = encode(eye, [eye.prepare(Image.new("RGB", (256, 256)))], device)
@@ -656,11 +656,11 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
                 rows.flush()  # first the rows, then the word that they are there
                 save_about(path, about)
                 saved = time.time()
-    bad = set(about["bad"])
-    if len(bad) == n or bad and not skip_bad:
+    bad = about["bad"]
+    if bad and (not skip_bad or len(bad) == n):
         return [files[i] for i in bad]
     if bad:
-        kept = [i for i in range(n) if i not in bad]
+        kept = sorted(set(range(n)) - set(bad))
         copy_rows(path, [(rows, i) for i in kept], about | identity([images[i] for i in kept]))
         leave_out(data, split, {images[i]["id"] for i in bad})
         os.remove(path + ".part")
@@ -675,12 +675,14 @@ def regroup(data, json_path, target, encoder):
     COCO 2017, in `data`, split as Karpathy's dataset_coco.json says: 113,287 pictures to train on, 5,000 for val2017 and 5,000 for test2017,
     on which papers report. What `encoder` sees of them moves along.
     """
-    split_of, entries, row_of = {number: split for split, number, _, _ in read_entries(json_path)}, [], {}
+    split_of = {number: split for split, number, _, _ in read_entries(json_path)}
+    entries, row_of = [], {}  # what `convert` takes; for each picture, where its features are
     for split in SPLITS:
         images, captions = load_captions(data, split)
         if lost := [image["id"] for image in images if image["id"] not in split_of]:
             die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
-        entries += [(split_of[image["id"]], image["id"], os.path.join(data, split, image["file_name"]), said) for image, said in zip(images, captions)]
+        files = [os.path.join(data, split, image["file_name"]) for image in images]
+        entries += [(split_of[image["id"]], image["id"], file, said) for image, file, said in zip(images, files, captions)]
         if encoder != "none":
             features, about = load_features(data, encoder, split, len(images), images)
             row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
@@ -710,33 +712,44 @@ def measure(data, eye, batch_size, device, autocast):
 
 def explore(data, path):
     """Prints a table of what is in a data set, and draws it into the file `path`. Words are cut as cider.py cuts them."""
-    plt, table, known = pyplot(), {}, set()
-    fig = plt.figure(figsize=(14, 10.5), layout="constrained")
-    above, below = fig.subfigures(2, 1, height_ratios=(1, 1.8))
-    lengths_ax, coverage_ax, words_ax = above.subplots(1, 3)
+    table, lengths, frequent, coverage = {}, {}, {}, {}  # each by split
     for split in splits_of(data):
         images, captions = load_captions(data, split)
         words = tokenize([caption for said in captions for caption in said])
-        lengths, frequent = np.array([len(caption) for caption in words]), Counter(word for caption in words for word in caption).most_common()
-        coverage = np.cumsum([count for _, count in frequent]) / lengths.sum()
+        n = lengths[split] = np.array([len(caption) for caption in words])
+        frequent[split] = Counter(word for caption in words for word in caption).most_common()
+        coverage[split] = np.cumsum([count for _, count in frequent[split]]) / n.sum()
         repeated = Counter(map(" ".join, words)).most_common()
+        if split == "train2017":
+            shown, often, known = list(zip(images, captions)), repeated[:5], {word for word, _ in frequent[split]}
         table[split] = {
             "pictures": f"{len(images):,}",
             "captions": f"{len(words):,}",
             "captions a picture": f"{len(words) / len(images):.2f} ({min(map(len, captions))} to {max(map(len, captions))})",
             "captions that were said before": f"{len(words) - len(repeated):,} ({1 - len(repeated) / len(words):.1%})",
-            "words": f"{lengths.sum():,}",
-            "words a caption": f"{lengths.mean():.1f} ({lengths.min()} to {lengths.max()})",
-            "95% of captions have at most": f"{np.percentile(lengths, 95):.0f} words",
-            "vocabulary": f"{len(frequent):,} words",
-            "... said only once": f"{sum(count == 1 for _, count in frequent):,}",
-            "... not in train2017": f"{sum(word not in known for word, _ in frequent):,}" if known else "",
-            **{f"... that make {share:.0%} of the text": f"{np.searchsorted(coverage, share) + 1:,}" for share in (0.5, 0.9, 0.99)},
+            "words": f"{n.sum():,}",
+            "words a caption": f"{n.mean():.1f} ({n.min()} to {n.max()})",
+            "95% of captions have at most": f"{np.percentile(n, 95):.0f} words",
+            "vocabulary": f"{len(frequent[split]):,} words",
+            "... said only once": f"{sum(count == 1 for _, count in frequent[split]):,}",
+            "... not in train2017": f"{sum(word not in known for word, _ in frequent[split]):,}" if split != "train2017" else "",
+            **{f"... that make {share:.0%} of the text": f"{np.searchsorted(coverage[split], share) + 1:,}" for share in (0.5, 0.9, 0.99)},
         }
-        lengths_ax.hist(lengths, bins=np.arange(min(lengths.max(), 40) + 2) - 0.5, density=True, histtype="step", linewidth=1.5, label=split)
-        coverage_ax.plot(range(1, len(coverage) + 1), coverage, label=split)
-        if not known:
-            known, shown, often, top = {word for word, _ in frequent}, list(zip(images, captions)), repeated[:5], frequent[:25]
+    top = frequent["train2017"][:25]
+    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in table))
+    for row in table["train2017"]:
+        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()))
+    print("captions said most often: " + "; ".join(f"{times} x \"{caption}\"" for caption, times in often))
+    print("commonest words: " + ", ".join(f"{word} {count:,}" for word, count in top))
+
+    plt = pyplot()
+    fig = plt.figure(figsize=(14, 10.5), layout="constrained")
+    above, below = fig.subfigures(2, 1, height_ratios=(1, 1.8))
+    lengths_ax, coverage_ax, words_ax = above.subplots(1, 3)
+    for split in table:
+        bins = np.arange(min(lengths[split].max(), 40) + 2) - 0.5
+        lengths_ax.hist(lengths[split], bins=bins, density=True, histtype="step", linewidth=1.5, label=split)
+        coverage_ax.plot(range(1, len(coverage[split]) + 1), coverage[split], label=split)
     lengths_ax.set(title="words in a caption", xlabel="words", ylabel="share of the captions")
     coverage_ax.set(title="vocabulary: its k commonest words make ...", xlabel="k", ylabel="... this share of the text", xscale="log", ylim=(0, 1.02))
     lengths_ax.locator_params(axis="x", integer=True)
@@ -747,30 +760,29 @@ def explore(data, path):
     words_ax.barh(*zip(*reversed(top)), color="tab:gray")
     words_ax.set(title="commonest words of train2017", xlabel="times said")
     words_ax.tick_params(axis="y", labelsize=8)
-    chosen = sorted({round(i) for i in np.linspace(0, len(shown) - 1, 10)})
-    for ax, i in itertools.zip_longest(below.subplots(2, 5).flat, chosen):
+    grid = below.subplots(2, 5)
+    for ax in grid.flat:
         ax.axis("off")
-        if i is not None:
-            image, said = shown[i]
-            ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
-            ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
+    for ax, (image, said) in zip(grid.flat, shown[::math.ceil(len(shown) / 10)]):
+        ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
+        ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
-    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in table))
-    for row in table["train2017"]:
-        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()))
-    print("captions said most often: " + "; ".join(f"{times} x \"{caption}\"" for caption, times in often))
-    print("commonest words: " + ", ".join(f"{word} {count:,}" for word, count in top) + f"\nthe figure: {path}")
+    print(f"the figure: {path}")
 
 
 if __name__ == "__main__":
     show(configure(globals()))
     t0 = time.time()
-    converted = risc_csv or karpathy_json
-    if shapes or converted:
+
+    # ---- a data set: drawn, converted, downloaded, or there already
+    if shapes or risc_csv or karpathy_json:
         if splits_of(data) or data == "data/coco2017":
             die(f"data={data} is taken: give data= a folder of its own, or leave out shapes=, risc_csv=, karpathy_json= to use what is there")
-        draw_shapes(data, shapes, seed) if shapes else convert(read_entries(converted, pictures), data)
+        if shapes:
+            draw_shapes(data, shapes, seed)
+        else:
+            convert(read_entries(risc_csv or karpathy_json, pictures), data)
     elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "*2017.zip*")):  # nothing is there, or half of it
         download_coco(data)
     splits = splits_of(data) or SPLITS
@@ -782,8 +794,9 @@ if __name__ == "__main__":
         explore(data, os.path.join("out", f"eda_{os.path.basename(os.path.abspath(data))}.png"))
         sys.exit(0)
 
-    there = [path for split in splits if os.path.exists(path := features_file(data, encoder, split))]
-    if len(there) == len(splits) and not any(map(read_about, there)):  # another program's features: there is no encoder to ask
+    # ---- what the encoder sees of its pictures
+    files = [features_file(data, encoder, split) for split in splits]
+    if all(map(os.path.exists, files)) and not any(map(read_about, files)):  # another program's features: there is no encoder to ask
         for split in splits:
             load_features(data, encoder, split, len(load_captions(data, split)[0]))
     elif encoder != "none":
@@ -801,8 +814,8 @@ if __name__ == "__main__":
             sys.exit(0)
         bad = [file for split in splits for file in encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad)]
         if bad:
-            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. Mend these and run the same "
-                "command again, or take them out of the data set with skip_bad=True")
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. "
+                "Mend these and run the same command again, or take them out of the data set with skip_bad=True")
     if karpathy_split:
         regroup(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
     print(f"done in {time.time() - t0:.0f} s")

@@ -1331,6 +1331,7 @@ def test_caption_run_leaves_what_it_promises(trained):
     results = json.load(open(trained / "out/caption_whole/results.json"))
     assert {"fusion", "every", "trainable", "total", "perplexity", "CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "settings"} <= set(results)
     assert results["perplexity"] < results["perplexity_no_picture"]
+    assert all(hasattr(train_caption, name) for name in results["settings"])  # settings, and nothing else that has a name by then
     images, references = coco.load_captions(str(trained / "shapes"), "val2017")
     said = json.load(open(trained / "out/caption_whole/captions_val2017.json"))
     assert [entry["image_id"] for entry in said] == [image["id"] for image in images]
@@ -1365,7 +1366,7 @@ def test_beam_and_published_protocol_are_reported_beside_greedy(trained):
 
 
 def test_scst_starts_from_a_run_and_resumes_exactly(trained):
-    scst = "train_caption.py scst=True learning_rate=3e-3 min_lr=3e-3 samples=3 eval_interval=2 batch_size=8 device=cpu dtype=bfloat16"
+    scst = "train_caption.py scst=True learning_rate=3e-3 min_lr=3e-3 samples=3 eval_interval=3 batch_size=8 device=cpu dtype=bfloat16"
     run(f"{scst} init_from=out/caption_whole out_dir=scst max_steps=4", trained)
     run(f"{scst} init_from=out/caption_whole out_dir=scst_half max_steps=2", trained)
     run(f"{scst} data=shapes encoder=patches init_from=resume out_dir=scst_half max_steps=4", trained)

@@ -6,12 +6,12 @@ The captioner: a frozen GPT, a frozen eye, and the one thing that is trained, th
     python train_caption.py image=a.jpg,photos beam=5         # caption pictures of your own with the newest run
     python train_caption.py data=data/coco2017 gpt=gpt2       # COCO on one GPU, once `python coco.py` has encoded it
     torchrun --standalone --nproc_per_node=8 train_caption.py data=data/coco2017 gpt=out/gpt2/ckpt.pt
-    python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 min_lr=1e-5 max_steps=924   # on, for CIDEr itself
+    python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 min_lr=1e-5 max_steps=924   # on, for CIDEr
     python train_caption.py bench=True dtype=bfloat16         # how much faster than the plain way
 
 Three bridges:
-  xattn    before every `every`-th block of the GPT, a gated cross-attention block lets each word look at the picture (Flamingo, Alayrac
-           et al. 2022). Its gates start at zero, so training starts from the GPT exactly as it was, and opens its eyes little by little.
+  xattn    before every `every`-th block of the GPT, a gated cross-attention block lets each word look at the picture (Flamingo,
+           Alayrac et al. 2022). Its gates start at zero: training starts from the GPT exactly as it was, and opens its eyes little by little.
   linear   the picture's tokens, through one matrix, are put before the words as if they were words (ClipCap, LLaVA).
   qformer  32 learned queries read the picture first, and what they found is put before the words (BLIP-2, Li et al. 2023).
 
@@ -41,11 +41,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import configure, die, download, get_tokenizer, race, save_atomically, show
-from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, leave, load_checkpoint, load_weights, make_optimizers, name_changes, plot,
-                        pyplot, rank_zero_first, read_log, reseed, resume_optimizers, save_checkpoint, setup, start_wandb, stop_signals, sum_over, take_step)
+from fineweb import configure, die, download, get_tokenizer, race, show
+from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, leave, load_checkpoint, load_weights, make_optimizers,
+                        name_changes, plot, pyplot, rank_zero_first, read_log, reseed, resume_optimizers, save_checkpoint, setup, start_wandb,
+                        stop_signals, sum_over, take_step)
 from cider import document_frequencies, evaluate as score, tokenize
-from coco import encode, load_captions, load_encoder, load_features, open_image, share_right
+from coco import encode, load_captions, load_encoder, load_features, open_image, save_json, share_right
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_caption.py name=value` overrides any of them
@@ -78,7 +79,7 @@ eval_interval = 924         # steps between evaluations, each followed by a chec
 log_interval = 20           # steps between printed lines
 single_reference = False    # score by the published table's protocol as well
 beam = 1                    # final captions and image=: beam search among so many, 1 = greedy
-image = None                # caption pictures, folders, globs, URLs (a,b,...) with out_dir's checkpoint (None: the newest) instead of training
+image = None                # caption pictures, folders, globs, URLs (a,b,...) with out_dir's checkpoint (None: the newest) and train nothing
 num = 1                     # image=: captions a picture
 temperature = 1.0           # image=: 0 takes the likeliest word each time
 top_k = 10                  # image=: choose among so many words
@@ -91,23 +92,11 @@ wandb_log = False           # mirror the log to Weights & Biases
 
 # The published prefix runs had a recipe of their own, one epoch long: fusion=linear and fusion=qformer take it where the command line is silent.
 PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_decay=0.05, beta2=0.98, max_steps=463, eval_interval=463)
-# What a run that starts from another one takes over from it, likewise.
+# What a run that starts from another one takes over from it, likewise:
 INHERITED = ("data", "gpt", "encoder", "fusion", "every", "n_query", "dropout", "shuffle", "batch_size", "max_length", "optimizer", "weight_decay",
              "beta2")
 
-# The built-in road for a machine that has nothing prepared: four stages, then this script itself. A stage is what it does, the last file that
-# it writes, and its command.
-SHAPES_ROAD = (
-    ("draw scenes, with five captions each", "data/shapes/annotations/captions_val2017.json",
-     "coco.py data=data/shapes shapes=8000 encoder=none"),
-    ("tokenize the captions", "data/shapes/tokens/edufineweb_train_000001.npy",
-     "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn val_tokens=20000"),
-    ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/curves.png",
-     "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 "
-     "optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 eval_interval=80 eval_tokens=20000 log_interval=20"),
-    ("teach a small eye what captions speak of, and encode the scenes with it", "data/shapes/features/{encoder}_val2017.npy",
-     "coco.py data=data/shapes encoder={encoder}"),
-)
+# Where there is no COCO, and no data= names another data set: drawn scenes, which `take_the_built_in_road` makes.
 SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3,
                      min_lr=4e-4, warmup_steps=20, weight_decay=0.0, beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
 VARIANTS = (("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1))  # what fusion=all compares: (fusion, every)
@@ -158,12 +147,13 @@ class QFormer(nn.Module):
         super().__init__()
         self.read = nn.Linear(width, n_embd)
         self.queries = nn.Parameter(0.02 * torch.randn(1, n_query, n_embd))
-        self.layers = nn.ModuleList([nn.TransformerDecoderLayer(n_embd, n_head, 4 * n_embd, dropout, "gelu", batch_first=True, norm_first=True)
-                                     for _ in range(n_layer)])
+        self.layers = nn.ModuleList([
+            nn.TransformerDecoderLayer(n_embd, n_head, 4 * n_embd, dropout, "gelu", batch_first=True, norm_first=True) for _ in range(n_layer)])
         self.write = nn.Sequential(nn.LayerNorm(n_embd), nn.Linear(n_embd, n_embd))
 
     def forward(self, features):
-        picture, x = self.read(features), self.queries.expand(len(features), -1, -1)  # (B, S, C), (B, P, C)
+        picture = self.read(features)  # (B, S, C)
+        x = self.queries.expand(len(features), -1, -1)  # (B, P, C)
         for layer in self.layers:
             x = layer(x, picture)
         return self.write(x)
@@ -199,16 +189,19 @@ class Captioner(nn.Module):
         Features (B, S, W) -> what the GPT gets of them: keys and values for each gated block, or a prefix (R, P, C). owner (R,): which
         of the pictures each row of words is about; None = row i about picture i.
         """
-        picture, rows = self.project(features), slice(None) if owner is None else owner
-        return {layer: block.look(picture)[:, rows] for layer, block in self.gated.items()} if self.gated else picture[rows]
+        picture = self.project(features)
+        rows = slice(None) if owner is None else owner
+        if not self.gated:
+            return picture[rows]
+        return {layer: block.look(picture)[:, rows] for layer, block in self.gated.items()}
 
     def hidden(self, idx, sight=None, cache=None, weights=None):
         """Tokens idx (R, T), the next after those in the cache, and `look(features)` -> (R, T, C), of which `gpt.head` makes logits."""
-        prefix = sight if torch.is_tensor(sight) else None
-        P, seen = prefix.shape[1] if prefix is not None else 0, cache.seen if cache else 0
+        P = sight.shape[1] if torch.is_tensor(sight) else 0
+        seen = cache.seen if cache else 0
         x = self.gpt.embed(idx, max(0, seen - P))  # the prefix has no positions of its own: the first word is at 0, as the GPT is used to
         if P and not seen:
-            x = torch.cat([prefix.to(x.dtype), x], 1)  # (R, P+T, C)
+            x = torch.cat([sight.to(x.dtype), x], 1)  # (R, P+T, C)
         for layer, block in enumerate(self.gpt.transformer.h):
             if sight is not None and str(layer) in self.gated:
                 x = self.gated[str(layer)](x, sight[str(layer)], weights)
@@ -226,10 +219,13 @@ class Captioner(nn.Module):
         The summed cross-entropy of targets (R, T), in nats; -100 marks padding. features=None leaves the GPT without a picture.
         weight (R,): how much each row counts, which scst sets.
         """
-        x, said = self.hidden(idx, None if features is None else self.look(features, owner)), targets >= 0
-        logits = self.gpt.head(x[said]).float()  # (words, V): the largest tensor of a step, so none for padding
+        sight = None if features is None else self.look(features, owner)
+        said = targets >= 0
+        logits = self.gpt.head(self.hidden(idx, sight)[said]).float()  # (words, V): the largest tensor of a step, so none for padding
         nats = F.cross_entropy(logits, targets[said], reduction="none")  # (words,)
-        return nats.sum() if weight is None else (nats * weight[:, None].expand_as(targets)[said]).sum()
+        if weight is not None:
+            nats = nats * weight[:, None].expand_as(targets)[said]
+        return nats.sum()
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
@@ -242,9 +238,10 @@ class Captioner(nn.Module):
         P = sight.shape[1] if torch.is_tensor(sight) else 0
         cache = KVCache(self.gpt.config, B * copies, P + 1 + max_new_tokens, self.gpt.lm_head.weight)
         start = torch.full((B * copies, 1), bos, device=features.device)
+        step = functools.partial(self.write, sight=sight, cache=cache)
         if beam > 1:
-            return beam_search(lambda new: self.write(new, sight, cache), cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
-        return decode(lambda new: self.write(new, sight, cache), start, max_new_tokens, temperature, top_k, bos)[:, 1:]
+            return beam_search(step, cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
+        return decode(step, start, max_new_tokens, temperature, top_k, bos)[:, 1:]
 
 
 @torch.no_grad()
@@ -255,7 +252,8 @@ def beam_search(step, cache, start, beam, max_new_tokens, stop):
     shortest would win. What has ended keeps its place for as long as it is among the best.
     """
     first = torch.arange(0, len(start), beam, device=start.device)[:, None]  # (B, 1) the first row of each caption
-    idx, length, done = start, start.new_zeros(len(start)), torch.zeros_like(start[:, 0], dtype=torch.bool)
+    idx, length = start, start.new_zeros(len(start))
+    done = torch.zeros_like(length, dtype=torch.bool)
     total = torch.full(done.shape, -math.inf, device=start.device)  # log-probability of each row
     total[first] = 0.0  # all rows of a caption begin alike: one of them is enough
     for _ in range(max_new_tokens):
@@ -264,9 +262,10 @@ def beam_search(step, cache, start, beam, max_new_tokens, stop):
         logp[done, stop] = 0.0  # the one way to go on from an end, which costs nothing
         total, length = total[:, None] + logp, length + ~done
         best = (total / length[:, None]).view(len(first), -1).topk(beam).indices  # (B, beam), each a row of the caption * V + a token
-        parent, token = (first + best // logp.shape[1]).flatten(), (best % logp.shape[1]).flatten()
-        idx, length, total = torch.cat([idx[parent], token[:, None]], 1), length[parent], total[parent, token]
-        done = done[parent] | (token == stop)
+        parent = (first + best // logp.shape[1]).flatten()
+        token = (best % logp.shape[1]).flatten()
+        idx = torch.cat([idx[parent], token[:, None]], 1)
+        total, length, done = total[parent, token], length[parent], done[parent] | (token == stop)
         cache.kv[..., :cache.seen, :] = cache.kv[:, :, parent, :, :cache.seen]  # each row takes over its parent's keys and values
         if done.all():
             break
@@ -278,7 +277,7 @@ def beam_search(step, cache, start, beam, max_new_tokens, stop):
 
 
 class TokenizedCaptions:
-    """Every caption of a split in one flat array: BOS, words, EOS (both are <|endoftext|>). The first word is predicted from the picture too."""
+    """Every caption of a split in one flat array: BOS, words, EOS (both <|endoftext|>). The first word is predicted from the picture too."""
 
     def __init__(self, captions, tokenizer, max_length):
         eot = tokenizer.eot_token
@@ -324,7 +323,8 @@ def gather(features, numbers, device):
 
 def words_of(tokens, tokenizer):
     """Generated tokens (R, T) -> lists of tokens, each up to its EOS."""
-    return [row[:row.index(tokenizer.eot_token)] if tokenizer.eot_token in row else row for row in tokens.tolist()]
+    eot = tokenizer.eot_token
+    return [row[:row.index(eot)] if eot in row else row for row in tokens.tolist()]
 
 
 def to_text(tokens, tokenizer):
@@ -339,14 +339,14 @@ END = "<end>"
 @torch.no_grad()
 def self_critical(model, features, references, df, tokenizer, max_length, samples):
     """
-    Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): the gradient of the expected CIDEr of captions drawn
-    from the model is E[(reward - baseline) * grad log p(caption)], for any baseline that doesn't depend on that caption; so a batch to train on
-    is captions of its own, their cross-entropy weighted by reward - baseline. Rennie's baseline is the greedy caption's reward. Here it is
-    the mean of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971): no further decoding, and less variance.
-    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), owner (R,), weight (R,), mean reward; R = B * samples.
+    Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): the gradient of the expected CIDEr of captions
+    drawn from the model is E[(reward - baseline) * grad log p(caption)], for any baseline that doesn't depend on that caption; so a batch to
+    train on is captions of its own, their cross-entropy weighted by reward - baseline. Rennie's baseline is the greedy caption's reward. Here
+    it is the mean of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971): no further decoding, and less variance.
+    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), owner, weight (R,), mean reward; R = B * samples.
     """
     B, eot = len(features), tokenizer.eot_token
-    tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); all words: what top-k cuts off has no gradient
+    tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); no top-k: what it cuts off has no gradient
     is_end = tokens == eot
     words = [said + [END] * ended for said, ended in zip(tokenize(to_text(tokens, tokenizer)), is_end.any(1).tolist())]
     cider = score(words, [refs for refs in references for _ in range(samples)], df, tokenized=True)[1]["CIDEr"]  # (R,)
@@ -370,11 +370,12 @@ def perplexity(model, features, captions, me, sight="right", batch_size=32):
         images = np.arange(start, min(start + batch_size, len(features)))
         ends = captions.of_image[start:images[-1] + 2]
         idx, targets = captions.batch(range(ends[0], ends[-1]), me.device)
-        owner = torch.from_numpy(np.repeat(images - start, np.diff(ends))).to(me.device)  # each picture is looked at once for all its captions
+        owner = torch.from_numpy(np.repeat(images - start, np.diff(ends))).to(me.device)  # a picture is looked at once for all its captions
         if sight == "wrong":
             images = (images + len(features) // 2) % len(features)
+        seen = None if sight == "none" else gather(features, images, me.device)
         with me.autocast:
-            total_loss += model(idx, None if sight == "none" else gather(features, images, me.device), targets, owner).item()
+            total_loss += model(idx, seen, targets, owner).item()
         total_tokens += (targets >= 0).sum().item()
     total_loss, total_tokens = sum_over(me, total_loss, total_tokens)
     return math.exp(total_loss / total_tokens)
@@ -397,9 +398,8 @@ def caption_split(model, features, tokenizer, max_length, me, beam=1, batch_size
 
 def published_protocol(said, references, seed, n=50 * 128):
     """
-    Scores as the published table has them: 50 batches of 128 pictures, one reference drawn for each, words split on spaces. The literature
-    counts otherwise, so never compare the two: against all five references a caption may agree with any of them, the rarity of
-    words is counted in five times as much text, and in Penn Treebank tokens "Dog." is "dog".
+    Scores as the published table has them: 50 batches of 128 pictures, one reference drawn for each, words split on spaces. They can't be
+    compared with the literature's, where a caption may agree with any of five references, in whose text the rarity of words is counted too.
     """
     rng = np.random.default_rng(seed)
     drawn = [[refs[rng.integers(len(refs))].split()] for refs in references[:n]]
@@ -413,12 +413,23 @@ def variant(run):
 def scores_table(rows):
     """{name: scores} -> a line for each, x 100 as in papers."""
     metrics = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
-    lines = {"scores x 100": metrics} | {name: [f"{100 * scores[metric]:.1f}" for metric in metrics] for name, scores in rows.items()}
-    return "\n".join(f"{name:<24}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in lines.items())
+    lines = [f"{'scores x 100':<24}" + "".join(f"{metric:>9}" for metric in metrics)]
+    lines += [f"{name:<24}" + "".join(f"{100 * scores[metric]:>9.1f}" for metric in metrics) for name, scores in rows.items()]
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # pictures to look at
+
+
+def draw_curves(path, rows, batch_size, split, scst, layers):
+    """The log as curves, by captions seen instead of steps, so that runs of different batch sizes compare."""
+    seen = [row | dict(step=row["step"] * batch_size) for row in rows]
+    panels = {"CIDEr x 100 of samples": {"": curve(seen, "reward", 100)}} if scst else {"loss (nats a token)": {"": curve(seen, "loss")}}
+    panels |= {f"perplexity, {split}": {"": curve(seen, "perplexity")}, f"CIDEr x 100, {split}": {"": curve(seen, "CIDEr", 100)}}
+    for kind, half in (("attn_gate", "attention"), ("mlp_gate", "MLP")) if layers else ():
+        panels[f"tanh(gate) of the {half}, by layer"] = {f"layer {layer}": curve(seen, f"{kind}_{layer}") for layer in layers}
+    plot(path, panels, xlabel="training captions seen")
 
 
 def draw_captions(path, pictures, titles, columns=4):
@@ -438,9 +449,9 @@ def draw_captions(path, pictures, titles, columns=4):
 @torch.no_grad()
 def draw_attention(path, model, features, pictures, tokenizer, max_length):
     """Where each word of a caption looked, by the gated block whose attention differs most from word to word: one row a picture."""
-    plt, weights = pyplot(), []
     tokens = model.generate(features, tokenizer.eot_token, max_length)
     idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]  # what had been written when each word was chosen
+    weights, plt = [], pyplot()
     model.hidden(idx, model.look(features), weights=weights)
     weights = torch.stack(weights).float().cpu()  # (blocks, B, T, S)
     best, grid = weights.std(2).mean((1, 2)).argmax(), math.isqrt(weights.shape[-1])
@@ -451,7 +462,7 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length):
         ax.axis("off")
     for b, (picture, row) in enumerate(zip(pictures, rows)):
         for t, (ax, word) in enumerate(zip(axes[b], row)):
-            heat = weights[best, b, t, -grid * grid:].view(grid, grid)  # CLIP's first token is the class token, which is nowhere
+            heat = weights[best, b, t, -grid * grid:].view(grid, grid)  # without CLIP's first token, the class token, which is nowhere
             ax.imshow(picture, extent=(0, 1, 0, 1))
             ax.imshow(heat, extent=(0, 1, 0, 1), cmap="inferno", alpha=0.6, interpolation="bilinear")
             ax.set_title(tokenizer.decode([word]).strip(), fontsize=9, parse_math=False)
@@ -471,7 +482,7 @@ def load_run(path):
     checkpoint = load_checkpoint(path)
     if "gpt_config" not in checkpoint:
         die(f"{path} is not a checkpoint of train_caption.py")
-    was, writer = checkpoint["settings"], GPT(GPTConfig(**checkpoint["gpt_config"]))
+    writer, was = GPT(GPTConfig(**checkpoint["gpt_config"])), checkpoint["settings"]
     model = Captioner(writer, was["fusion"], was["every"], checkpoint["width"], was["n_query"], was["dropout"])
     load_weights(model, checkpoint["model"], path)
     return checkpoint, model
@@ -483,73 +494,81 @@ def read_pictures(named):
         if name.startswith(("http://", "https://")):
             with tempfile.TemporaryDirectory() as folder:
                 yield name, open_image(download(name, os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:]), tries=3))
-        else:  # a name that stands for nothing is left as it is: the picture that can't be read
-            files = glob.glob(name)
-            if os.path.isdir(name):
-                files = [os.path.join(name, file) for file in os.listdir(name) if os.path.splitext(file)[1].lower() in Image.registered_extensions()]
-            yield from ((file, open_image(file)) for file in sorted(files) or [name])
+            continue
+        files = glob.glob(name)
+        if os.path.isdir(name):
+            extensions = tuple(Image.registered_extensions())
+            files = [os.path.join(name, file) for file in os.listdir(name) if file.lower().endswith(extensions)]
+        for file in sorted(files) or [name]:  # a name that stands for nothing is left as it is: the picture that can't be read
+            yield file, open_image(file)
 
 
-def caption_pictures(named, path, me, temperature, top_k, num, beam, most=40):
+def caption_pictures(named, path, me, temperature, top_k, num, beam):
     """Prints num captions of each picture that `named` names, and draws the first 40 beside the checkpoint, which is all that is needed."""
     pictures = list(read_pictures(named))
     checkpoint, model = load_run(path)
-    was, tokenizer, model = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"]), model.place(me).eval()
-    eye, titles = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"]).to(me.device), []
+    model.place(me).eval()
+    was, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
+    eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"]).to(me.device)
+    titles = []
     for start in range(0, len(pictures), 32):
         batch = pictures[start:start + 32]
         features = torch.from_numpy(encode(eye, [eye.prepare(picture) for _, picture in batch], me.device)).to(me.device, torch.float32)
         with me.autocast:
             tokens = model.generate(features, tokenizer.eot_token, was["max_length"], temperature, top_k, num, beam)
         said = to_text(tokens, tokenizer)
-        titles += ["\n".join(said[i:i + num]) for i in range(0, len(said), num)]
-        for (name, _), title in zip(batch, titles[start:]):
-            print("\n".join(f"{name}: {caption}" for caption in title.split("\n")), flush=True)
+        for i, (name, _) in enumerate(batch):
+            mine = said[i * num:(i + 1) * num]
+            print(*(f"{name}: {caption}" for caption in mine), sep="\n", flush=True)
+            titles.append("\n".join(mine))
     target = os.path.join(os.path.dirname(path), "image.png")
-    draw_captions(target, [picture for _, picture in pictures[:most]], titles, columns=min(4, len(pictures)))
+    draw_captions(target, [picture for _, picture in pictures[:40]], titles, columns=min(4, len(pictures)))
     print(f"drawn in {target}, by {path}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what the care is worth, and how the other scripts are run
+# bench=True: what the care is worth. A side road: nothing below depends on it
 
 
-def beside_the_plain_way(me, fusion, every, B, compiled, words=16):
+def beside_the_plain_way(me, fusion, every, batch_size, compile, words=16):
     """
     Prints images/s of training and of greedy captioning at true size (GPT-2 124M, 50 picture tokens x 768, all random), here and in the
     plain way to write the same: a .pt file for each picture, fp32, logits of every position, AdamW as it comes, and no cache, so that every
-    word recomputes the words before it and the picture's keys and values. Both work on the same batch.
+    word recomputes the words before it and the picture's keys and values. Both work on the same batch; without a GPU, it is of 16.
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
-    bos, temporary, kind = 50256, tempfile.TemporaryDirectory(), "bfloat16" if isinstance(me.autocast, torch.autocast) else "float32"
-    folder, features = temporary.name, torch.randn(B, 50, 768)
+    bos, B = 50256, batch_size if "cuda" in me.device else 16
+    features, temporary = torch.randn(B, 50, 768), tempfile.TemporaryDirectory()
+    folder = temporary.name
     np.save(f"{folder}/features.npy", features.half().numpy())
+    mapped = np.load(f"{folder}/features.npy", mmap_mode="r")
     for i in range(B):
         torch.save(features[i].clone(), f"{folder}/{i}.pt")
-    mapped, lengths = np.load(f"{folder}/features.npy", mmap_mode="r"), (11.5 + 2.5 * torch.randn(B, 1)).round().clip(8, 30)  # tokens, as COCO's
+    lengths = (11.5 + 2.5 * torch.randn(B, 1)).round().clip(8, 30).to(me.device)  # tokens, as COCO's captions have
     idx = torch.randint(0, bos, (B, int(lengths.max())), device=me.device)
-    targets = idx.masked_fill(torch.arange(idx.shape[1]).expand_as(idx).to(me.device) >= lengths.to(me.device), -100)
-    plain, ours = (Captioner(GPT(GPTConfig()), fusion, every, width=768) for _ in range(2))
-    plain, ours = plain.to(me.device), ours.place(me)
-    step_model, optimizers = torch.compile(ours) if compiled else ours, make_optimizers(ours, "adamw", 1e-4, 0.1)
+    targets = idx.masked_fill(torch.arange(idx.shape[1], device=me.device) >= lengths, -100)
+    plain = Captioner(GPT(GPTConfig()), fusion, every, width=768).to(me.device)
     adamw = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)
+    ours = Captioner(GPT(GPTConfig()), fusion, every, width=768).place(me)
+    optimizers = make_optimizers(ours, "adamw", 1e-4, 0.1)
+    step_model = torch.compile(ours) if (compile if compile is not None else "cuda" in me.device) else ours
 
     def load():
         return torch.stack([torch.load(f"{folder}/{i}.pt") for i in range(B)]).to(me.device)
 
-    def train_plainly():
-        loss = F.cross_entropy(plain.write(idx, plain.look(load())).flatten(0, 1), targets.flatten())
+    def descend(loss, *trained):
         loss.backward()
-        take_step(plain, [adamw], 1e-4, 1.0)
+        take_step(*trained, 1e-4, 1.0)
         return loss.item()  # waits for the device
+
+    def train_plainly():
+        return descend(F.cross_entropy(plain.write(idx, plain.look(load())).flatten(0, 1), targets.flatten()), plain, [adamw])
 
     def train():
         with me.autocast:
             loss = step_model(idx, gather(mapped, np.arange(B), me.device), targets) / (targets >= 0).sum()
-        loss.backward()
-        take_step(ours, optimizers, 1e-4, 1.0)
-        return loss.item()
+        return descend(loss, ours, optimizers)
 
     @torch.no_grad()
     def caption_plainly():
@@ -562,26 +581,80 @@ def beside_the_plain_way(me, fusion, every, B, compiled, words=16):
         with me.autocast:
             return ours.generate(gather(mapped, np.arange(B), me.device), bos, words).tolist()
 
-    print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads\n"
-          f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
+    kind = "bfloat16" if isinstance(me.autocast, torch.autocast) else "float32"
+    print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads")
+    print(f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
     for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
         slow, fast = race(*ways, rounds=3)
-        print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}" +
-              (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
+        print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}"
+              + (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs of several scripts: the built-in road, and all variants side by side
 
 
 def run(script, *words):
     """Runs one of our own scripts as a user would, and shows how."""
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # also when this is one of torchrun's processes
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # even where torchrun started us
     code = subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *words], env=alone)
     if code:
         sys.exit(code)
 
 
+def take_the_built_in_road(config):
+    """Four stages that make what SHAPES_PRESET needs; the fifth is the run that called. What is on disk already is not made again."""
+    encoder = config["encoder"]
+    stages = (  # what it does, the last file that it writes, its command
+        ("draw scenes, with five captions each", "data/shapes/annotations/captions_val2017.json",
+         "coco.py data=data/shapes shapes=8000 encoder=none"),
+        ("tokenize the captions", "data/shapes/tokens/edufineweb_train_000001.npy",
+         "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn val_tokens=20000"),
+        ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/curves.png",
+         "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 "
+         "total_batch_size=2048 optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 eval_interval=80 "
+         "eval_tokens=20000 log_interval=20"),
+        ("teach a small eye what captions speak of, and encode the scenes with it", f"data/shapes/features/{encoder}_val2017.npy",
+         f"coco.py data=data/shapes encoder={encoder}"),
+    )
+    print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
+          "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
+    for number, (what, result, command) in enumerate(stages, 1):
+        print(f"\n[{number}/5] {what}", flush=True)
+        if os.path.exists(result):
+            print(f"{result} is there already", flush=True)
+        else:
+            run(*command.split())
+    typed = " ".join(f"{k}={config[k]}" for k in (*SHAPES_PRESET, "fusion", "every"))
+    print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed}", flush=True)
+
+
+def compare_variants(folder, words, split):
+    """Trains every variant by a command of its own, into folders inside `folder`, and puts their scores and their curves side by side."""
+    rows, curves = [], {"perplexity": {}, "CIDEr": {}}
+    for kind, n in VARIANTS:
+        mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
+        run("train_caption.py", *words, f"fusion={kind}", f"every={n}", f"out_dir={mine}")
+        with open(f"{mine}/results.json") as f:
+            rows.append(json.load(f))
+        for column in curves:
+            steps, values = curve(read_log(f"{mine}/log.csv"), column)
+            curves[column][variant(rows[-1])] = [step * rows[-1]["settings"]["batch_size"] for step in steps], values
+    save_json(f"{folder}/results.json", rows, indent=1)
+    plot(f"{folder}/comparison.png", {f"{column}, {split}": lines for column, lines in curves.items()}, xlabel="training captions seen")
+    print(f"\n{'variant':<23}| {'trainable':>11} |  CIDEr | BLEU-4 | perplexity | with a wrong picture | captions seen")
+    for r in rows:
+        print(f"{variant(r):<23}| {r['trainable']:>11,} | {100 * r['CIDEr']:>6.1f} | {100 * r['Bleu_4']:>6.1f} | {r['perplexity']:>10.2f} | "
+              f"{r['perplexity_wrong_picture']:>20.2f} | {r['step'] * r['settings']['batch_size']:>13,}")
+    print(f"\nall scores: {folder}/results.json, the curves: {folder}/comparison.png")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
+    # ---- what is asked for. `configure` is called twice, and takes every number, string, bool or None under a lowercase name for a setting: a
+    # new name before the second call must stand for something else
     config = configure(globals())
     if fusion not in ("xattn", "linear", "qformer", "all"):
         die(f"fusion={fusion}: xattn, linear, qformer or all")
@@ -593,69 +666,53 @@ if __name__ == "__main__":
         die("eval_only=True evaluates a trained bridge: add init_from=resume")
     if scst and init_from == "scratch":
         die("scst=True goes on from a bridge that can speak: init_from=out/... names the run that trained it")
-    me, t_start = setup(device, dtype), time.time()
+    me = setup(device, dtype)
+    if fusion == "all" and (me.world > 1 or bench):
+        die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun, and without bench=True")
     if bench:
-        beside_the_plain_way(me, "xattn" if fusion == "all" else fusion, every, batch_size if "cuda" in me.device else 16, "cuda" in me.device if compile is None else compile)
+        beside_the_plain_way(me, fusion, every, batch_size, compile)
         sys.exit(0)
     if image:
-        runs = sorted((run for run in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in run), key=os.path.getmtime)
-        if not (runs or out_dir):
+        found = [path for path in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in path]
+        runs = [os.path.join(out_dir, "ckpt.pt")] if out_dir else sorted(found, key=os.path.getmtime)
+        if not runs:
             die("image= needs a trained run: `python train_caption.py` trains one")
         torch.manual_seed(seed)
-        caption_pictures(str(image), os.path.join(out_dir, "ckpt.pt") if out_dir else runs[-1], me, temperature, top_k, num, beam)
+        caption_pictures(str(image), runs[-1], me, temperature, top_k, num, beam)
         sys.exit(0)
 
-    # between the defaults and the command line stands what the run was given that this one starts from, or what suits the bridge and the data
+    # between the defaults and the command line stands what the run had that this one starts from, or what suits the bridge and the data
     preset = dict(PREFIX_RECIPE) if fusion in ("linear", "qformer") else {}
     if init_from not in ("scratch", "resume"):
-        preset = {k: v for k, v in load_run(init_from)[0]["settings"].items() if k in INHERITED}
+        checkpoint, model = load_run(init_from)
+        preset = {k: v for k, v in checkpoint["settings"].items() if k in INHERITED}
     elif data is None:
         preset |= dict(data="data/coco2017") if os.path.isdir("data/coco2017") else SHAPES_PRESET
     config = configure(globals(), preset)
     rank, world, device, autocast = me
-    builtin = SHAPES_PRESET.items() <= preset.items()
-    if builtin and rank == 0:
-        print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
-              "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
-        for number, (what, result, command) in enumerate(SHAPES_ROAD, 1):
-            result, command = result.format(encoder=encoder), command.format(encoder=encoder)
-            print(f"\n[{number}/5] {what}" + (f": {result} is there already" if os.path.exists(result) else ""), flush=True)
-            if not os.path.exists(result):
-                run(*command.split())
-        typed = " ".join(f"{k}={config[k]}" for k in SHAPES_PRESET)
-        print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed} fusion={fusion} every={every}", flush=True)
-    if builtin and world > 1:
-        dist.barrier()
-    name = os.path.basename(os.path.normpath(data))
+    t_start = time.time()
 
-    if fusion == "all":
+    if SHAPES_PRESET.items() <= preset.items():
+        if rank == 0:
+            take_the_built_in_road(config)
         if world > 1:
-            die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun")
-        folder, rows, curves = out_dir or f"out/caption_{name}_all", [], {"perplexity": {}, "CIDEr": {}}
-        for kind, n in VARIANTS:
-            mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
-            run("train_caption.py", *(f"{k}={v}" for k, v in preset.items()), *sys.argv[1:], f"fusion={kind}", f"every={n}", f"out_dir={mine}")
-            rows.append(json.load(open(f"{mine}/results.json")))
-            seen = [row | dict(step=row["step"] * rows[-1]["settings"]["batch_size"]) for row in read_log(f"{mine}/log.csv")]
-            for column in curves:
-                curves[column][variant(rows[-1])] = curve(seen, column)
-        save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
-        plot(f"{folder}/comparison.png", {f"{column}, {split}": lines for column, lines in curves.items()}, xlabel="training captions seen")
-        print(f"\n{scores_table({variant(r): r for r in rows})}\n\n{'':<24}  trainable  perplexity  with a wrong picture  captions seen")
-        for r in rows:
-            print(f"{variant(r):<24}{r['trainable']:>11,}{r['perplexity']:>12.2f}{r['perplexity_wrong_picture']:>22.2f}"
-                  f"{r['step'] * r['settings']['batch_size']:>15,}")
-        print(f"\nthe tables: {folder}/results.json, the curves: {folder}/comparison.png, {time.time() - t_start:.0f} s in all")
+            dist.barrier()
+    name = os.path.basename(os.path.normpath(data))
+    if fusion == "all":
+        compare_variants(out_dir or f"out/caption_{name}_all", [*(f"{k}={v}" for k, v in preset.items()), *sys.argv[1:]], split)
+        print(f"{time.time() - t_start:.0f} s in all")
         sys.exit(0)
 
-    # ---- pictures, captions, and the frozen two
-    out_dir = out_dir or f"out/caption_{name}_{fusion}{every if fusion == 'xattn' else ''}{'_shuffled' if shuffle else ''}{'_scst' if scst else ''}"
-    path = os.path.join(out_dir, "ckpt.pt")
+    # ---- pictures and captions
+    kind = f"{fusion}{every}" if fusion == "xattn" else fusion
+    out_dir = out_dir or f"out/caption_{name}_{kind}{'_shuffled' if shuffle else ''}{'_scst' if scst else ''}"
+    config["out_dir"], path = out_dir, os.path.join(out_dir, "ckpt.pt")
     if rank == 0:
-        show(config | dict(out_dir=out_dir))
+        show(config)
         os.makedirs(out_dir, exist_ok=True)
-    (train_images, train_said), (images, references) = load_captions(data, "train2017"), load_captions(data, split)
-    train_features, about = load_features(data, encoder, "train2017", len(train_said), train_images)
+    train_images, train_said = load_captions(data, "train2017")
+    images, references = load_captions(data, split)
+    train_features, about = load_features(data, encoder, "train2017", len(train_images), train_images)
     val_features, _ = load_features(data, encoder, split, len(images), images)
     S, W = train_features.shape[1:]
     if shuffle:
@@ -663,35 +720,27 @@ if __name__ == "__main__":
     if "cuda" in device and train_features.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:  # COCO's 9 GB fit on most GPUs: no loader needed
         train_features = torch.from_numpy(train_features[:]).to(device)
 
+    # ---- the GPT, and the bridge to it
     torch.manual_seed(seed)
-    step, source = 0, path if init_from == "resume" else init_from
-    if source == "scratch":
+    if init_from == "scratch":
         with rank_zero_first(me):
             writer = GPT.from_pretrained(gpt)
-        tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2") if gpt.endswith(".pt") else "gpt2"  # others' weights are all in GPT-2's
+        tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2") if gpt.endswith(".pt") else "gpt2"  # others' weights are in GPT-2's
         model = Captioner(writer, fusion, every, W, n_query, dropout)
     else:
-        checkpoint, model = load_run(source)
+        if init_from == "resume":
+            checkpoint, model = load_run(path)
         tokenizer_source, was = checkpoint["tokenizer"], checkpoint["settings"] | dict(width=checkpoint["width"])
         if other := [k for k, v in dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W).items() if was[k] != v]:
-            die(f"{source} was trained with {', '.join(f'{k}={was[k]}' for k in other)}: go on with the same")
+            die(f"{init_from} was trained with {', '.join(f'{k}={was[k]}' for k in other)}: go on with the same")
     gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
     if gpt_config.vocab_size != tokenizer.n_vocab:
-        die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our own checkpoints")
-    max_length = min(max_length, gpt_config.block_size - 1)
-    train_captions, val_captions = (TokenizedCaptions(said, tokenizer, max_length) for said in (train_said, references))
-    if (cut := train_captions.cut + val_captions.cut) and rank == 0:
-        print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
-    if scst:
-        flat = iter(tokenize([caption for all_said in train_said for caption in all_said]))
-        train_words = [[next(flat) + [END] for _ in all_said] for all_said in train_said]
-        df = document_frequencies(train_words)
-
-    # ---- the bridge
+        die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our checkpoints")
     model.place(me)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + about.get("parameters", 0)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (0.9, beta2))
+    step = 0
     if init_from == "resume":
         resume_optimizers(optimizers, checkpoint, path)
         step = checkpoint["step"]
@@ -704,66 +753,79 @@ if __name__ == "__main__":
         step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
     if batch_size % world:
         die(f"batch_size={batch_size} pictures can't be shared out evenly over {world} processes")
-    gates = {f"{kind}_{layer}": getattr(block, kind) for kind in ("attn_gate", "mlp_gate") for layer, block in model.gated.items()}
-    if rank == 0:
-        print(f"{len(train_said):,} pictures to train on, {len(images):,} held out, {S} tokens x {W} each | "
-              f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world} process(es) on {device}", flush=True)
-        columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates]
-        log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step)
-        wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
 
+    # ---- captions as tokens, and for scst as words
+    config["max_length"] = max_length = min(max_length, gpt_config.block_size - 1)
+    train_captions, val_captions = (TokenizedCaptions(said, tokenizer, max_length) for said in (train_said, references))
+    if (cut := train_captions.cut + val_captions.cut) and rank == 0:
+        print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
+    if scst:
+        words = [said + [END] for said in tokenize([caption for all_said in train_said for caption in all_said])]
+        train_words = [words[first:end] for first, end in zip(train_captions.of_image, train_captions.of_image[1:])]
+        df = document_frequencies(train_words)
+
+    # ---- the loop
+    gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate") for half in ("attn", "mlp") for layer, block in model.gated.items()}
+    if rank == 0:
+        print(f"{len(train_images):,} pictures to train on, {len(images):,} held out, {S} tokens x {W} each | "
+              f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world} process(es) on {device}", flush=True)
+        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates],
+                  math.inf if eval_only else step)
+        wandb = start_wandb(config) if wandb_log else None
     asked_to_stop, stop = stop_signals(), 0
     t0, first_step = time.time(), step
     while True:
-        # ---- look at the whole held-out split, and save
+        # look at the whole held-out split, and save
         row = dict(step=step)
         if (step % eval_interval == 0 or step >= max_steps or eval_only) and not stop:
             model.eval()
             said = caption_split(model, val_features, tokenizer, max_length, me)
             scores, _ = score(said, references)
             row |= dict(perplexity=perplexity(model, val_features, val_captions, me), CIDEr=scores["CIDEr"])
-            model.train(not scst)  # with dropout, scst's log-probabilities would be of another model than the one that spoke
             if rank == 0:
                 print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | CIDEr {100 * row['CIDEr']:.1f} | "
                       f"\"{said[0]}\"", flush=True)
         if rank == 0 and step > first_step and ("CIDEr" in row or stop):
+            taught = load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None
             save_checkpoint(path, dict(
-                model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step,
-                settings=config | dict(max_length=max_length), gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source,
-                pretrained=about.get("pretrained"),
-                tagger=load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None))
+                model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config,
+                gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source, pretrained=about.get("pretrained"), tagger=taught))
         if step >= max_steps or eval_only or stop:
             break
 
-        # ---- one step
+        # one step
         t1 = time.time()
         reseed(seed, step, rank)
-        which, chosen = (numbers[rank::world] for numbers in training_batch(step, batch_size, train_captions, seed))
-        features, owner, weight, reward = gather(train_features, which, device), None, None, None
+        model.train(not scst)  # with dropout, scst's log-probabilities would be of another model than the one that spoke
+        chosen_images, chosen_captions = training_batch(step, batch_size, train_captions, seed)
+        mine = chosen_images[rank::world]
+        features = gather(train_features, mine, device)
         if scst:
             with autocast:  # one of its own: the bfloat16 weights that autocast remembers from here have no gradient
-                own_words = [train_words[i] for i in which]
+                own_words = [train_words[i] for i in mine]
                 idx, targets, owner, weight, reward = self_critical(model, features, own_words, df, tokenizer, max_length, samples)
         else:
-            idx, targets = train_captions.batch(chosen, device)
+            idx, targets = train_captions.batch(chosen_captions[rank::world], device)
+            owner, weight, reward = None, None, 0.0  # one caption for each picture, and all count alike
         n_tokens, = sum_over(me, (targets >= 0).sum().item())
         with autocast:  # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world` times
             loss = step_model(idx, features, targets, owner, weight) * (world / n_tokens)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
-        norm = take_step(model, optimizers, lr, grad_clip)
-        loss, reward, stop = sum_over(me, loss.item() / world, (reward or 0) / world, len(asked_to_stop))  # all processes stop after the same step
+        norm = float(take_step(model, optimizers, lr, grad_clip))
+        loss, reward, stop = sum_over(me, loss.item() / world, reward / world, len(asked_to_stop))  # all processes stop after the same step
+        ms = (time.time() - t1) * 1000
         if rank == 0:
-            row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=float(norm), ms=(time.time() - t1) * 1000)
-            row |= {k: gate.tanh().item() for k, gate in gates.items()}
+            row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm, ms=ms)
+            row |= {name: gate.tanh().item() for name, gate in gates.items()}
             log.add(**row)
             if wandb:
                 wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
             if step % log_interval == 0 or step == max_steps - 1:
                 left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
                 aim = f"CIDEr of samples {100 * reward:.1f}" if scst else f"loss {loss:.4f}"
-                print(f"step {step:5d}/{max_steps} | {aim} | norm {float(norm):.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | "
-                      f"{batch_size / row['ms'] * 1000:,.0f} images/s | {left / 60:.1f} min left", flush=True)
+                print(f"step {step:5d}/{max_steps} | {aim} | norm {norm:.2f} | lr {lr:.2e} | {ms:.0f} ms | "
+                      f"{batch_size / ms * 1000:,.0f} images/s | {left / 60:.1f} min left", flush=True)
         step += 1
 
     # ---- what came of it
@@ -771,40 +833,34 @@ if __name__ == "__main__":
         if rank == 0:
             print(f"stopped at step {step}; go on with init_from=resume out_dir={out_dir}")
         leave(me)
-    model.eval()
     without, wrong = (perplexity(model, val_features, val_captions, me, sight) for sight in ("none", "wrong"))
     table = {"greedy": scores}
     if single_reference:
         table["greedy, one reference"] = published_protocol(said, references, seed)
     if beam > 1:
         said = caption_split(model, val_features, tokenizer, max_length, me, beam)
-        table[f"beam={beam}"] = scores = score(said, references)[0]
+        scores, _ = score(said, references)
+        table[f"beam={beam}"] = scores
     if rank == 0:
+        if not eval_only:
+            log.add(**row)
         right = share_right(images, said)
         results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores,
                        perplexity_wrong_picture=wrong, perplexity_no_picture=without, right=right, step=step, scores=table, settings=config)
+        save_json(os.path.join(out_dir, "results.json"), results, indent=1)
         coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
-        for file, content in (("results.json", results), (f"captions_{split}.json", coco_results)):
-            save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))
-
-        if not eval_only:
-            log.add(**row)
-        seen = [row | dict(step=row["step"] * batch_size) for row in log.rows]  # by captions seen, runs of different batch sizes compare
-        panels = {"CIDEr x 100 of samples" if scst else "loss (nats a token)": {"": curve(seen, "reward", 100) if scst else curve(seen, "loss")},
-                  f"perplexity, {split}": {"": curve(seen, "perplexity")}, f"CIDEr x 100, {split}": {"": curve(seen, "CIDEr", 100)}}
-        for kind, of in (("attn_gate", "attention"), ("mlp_gate", "MLP")) if gates else ():
-            panels[f"tanh(gate) of the {of}, by layer"] = {f"layer {layer}": curve(seen, f"{kind}_{layer}") for layer in model.gated}
-        plot(os.path.join(out_dir, "curves.png"), panels, xlabel="training captions seen")
+        save_json(os.path.join(out_dir, f"captions_{split}.json"), coco_results, indent=1)
+        draw_curves(os.path.join(out_dir, "curves.png"), log.rows, batch_size, split, scst, list(model.gated))
         files = [os.path.join(data, split, image["file_name"]) for image in images[:12]]
         if all(map(os.path.exists, files)):  # features may be here without their pictures
-            drawn = [open_image(file) for file in files]
-            draw_captions(os.path.join(out_dir, "captions.png"), drawn, [f"{s}\n({r[0].strip()})" for s, r in zip(said, references)])
+            pictures = [open_image(file) for file in files]
+            draw_captions(os.path.join(out_dir, "captions.png"), pictures, [f"{s}\n({r[0].strip()})" for s, r in zip(said, references)])
+            if about.get("pretrained"):  # open_clip's towers see the middle of a picture, our own encoders the whole
+                pictures = [ImageOps.fit(picture, (224, 224)) for picture in pictures]
             if gates:
-                if about and encoder not in ("tagger", "patches"):  # open_clip's towers see the middle, ours the whole picture
-                    drawn = [ImageOps.fit(picture, (224, 224)) for picture in drawn]
+                features = gather(val_features, np.arange(len(pictures))[:3], device)
                 with autocast:
-                    draw_attention(os.path.join(out_dir, "attention.png"), model, gather(val_features, np.arange(min(3, len(images))), device),
-                                   drawn, tokenizer, max_length)
+                    draw_attention(os.path.join(out_dir, "attention.png"), model, features, pictures, tokenizer, max_length)
 
         print("\ncaptions of pictures it was not trained on, and what a person said:")
         for caption, refs in list(zip(said, references))[:10]:
