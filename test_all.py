@@ -439,6 +439,26 @@ def test_the_training_step_compiles_as_one_graph():
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
 
 
+def test_the_captioner_compiles_once_for_captions_of_any_length():
+    graphs, model = [], open_eyed("xattn")
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    for T in (8, 9, 12, 7, 11):
+        idx, features = torch.randint(0, 101, (3, T)), torch.randn(3, 9, 24)
+        targets = idx.masked_fill(torch.arange(T) >= torch.tensor([[T], [T - 2], [T - 3]]), -100)
+        grads = []
+        for step in (model, compiled):
+            model.zero_grad()
+            step(idx, features, targets).backward()
+            grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-4)
+    assert len(graphs) == 2  # the second one for every length
+
+
 @pytest.mark.parametrize("name, n_layer, n_head, n_embd, millions", [("gpt2", 12, 12, 768, 124), ("gpt2-medium", 24, 16, 1024, 355),
                                                                      ("gpt2-large", 36, 20, 1280, 774), ("gpt2-xl", 48, 25, 1600, 1558)])
 def test_all_four_sizes_have_the_published_shapes(name, n_layer, n_head, n_embd, millions):

@@ -220,12 +220,13 @@ class Captioner(nn.Module):
         weight (R,): how much each row counts, which scst sets.
         """
         sight = None if features is None else self.look(features, owner)
+        return self.loss(self.hidden(idx, sight), targets, weight)
+
+    @torch.compiler.disable  # no two batches have equally many words: compiled, it would be compiled again and again
+    def loss(self, x, targets, weight):
         said = targets >= 0
-        logits = self.gpt.head(self.hidden(idx, sight)[said]).float()  # (words, V): the largest tensor of a step, so none for padding
-        nats = F.cross_entropy(logits, targets[said], reduction="none")  # (words,)
-        if weight is not None:
-            nats = nats * weight[:, None].expand_as(targets)[said]
-        return nats.sum()
+        share = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[:, None].expand_as(targets)  # (R, T)
+        return self.gpt.nats(x[said], targets[said], share[said])[0]
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):

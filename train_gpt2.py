@@ -128,12 +128,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, layer=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        past = cache.seen if cache else 0
         if cache:
-            k, v = cache.add(layer, k, v)  # (B, H, S, D)
-        S = k.shape[2]
-        # new token t sits at position S-T+t and may look at itself and everything before; is_causal would align t with 0
-        seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if 1 < T < S else None
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=T == S)
+            k, v = cache.add(layer, k, v)  # (B, H, S, D), S = past + T
+        # the t-th new token sits at position past + t and may look at itself and everything before; is_causal would align t with 0
+        seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
+        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=past == 0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
