@@ -152,7 +152,7 @@ def load_features(data, encoder, split, n_images, images=None):
         done = about["done"] - len(about["bad"])
         die(f"{path} is not finished: {done:,} of {about['images']:,} pictures are encoded; {command} goes on")
     try:
-        features = np.load(path, mmap_mode="r")
+        features = np.load(path, mmap_mode="c")  # in memory it may be written to, else torch would warn
     except (ValueError, OSError, EOFError) as problem:
         die(f"{path} is not a whole .npy file ({problem}): delete it and run {command}")
     if features.ndim != 3 or len(features) != n_images:
@@ -595,6 +595,7 @@ def look(eye, files, todo, batch_size, device, autocast):
 
 def copy_rows(path, rows, about):
     """Writes a features file made of rows of others, (array, number) each, and what is known of it."""
+    need_space(os.path.dirname(path), len(rows) * rows[0][0][0].nbytes, path)
     new = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, (len(rows), *rows[0][0].shape[1:]))
     for row, (array, i) in zip(new, rows):
         row[:] = array[i]
@@ -777,13 +778,17 @@ if __name__ == "__main__":
 
     # ---- a data set: drawn, converted, downloaded, or there already
     if shapes or risc_csv or karpathy_json:
-        if splits_of(data) or data == "data/coco2017":
-            die(f"data={data} is taken: give data= a folder of its own, or leave out shapes=, risc_csv=, karpathy_json= to use what is there")
-        if shapes:
+        if data == "data/coco2017":
+            die("give the new data set a folder of its own: data=")
+        if set(SPLITS) <= set(splits_of(data)):  # the same command again, after an interruption
+            print(f"{data} is there already: used as it is")
+        elif shapes:
             draw_shapes(data, shapes, seed)
         else:
             convert(read_entries(risc_csv or karpathy_json, pictures), data)
     elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "*2017.zip*")):  # nothing is there, or half of it
+        if eda or bench:
+            die(f"data={data} holds no data set to look at: `python coco.py data={data}` downloads COCO there")
         download_coco(data)
     splits = splits_of(data) or SPLITS
     for split in splits:

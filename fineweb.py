@@ -175,6 +175,8 @@ def download(url, path, tries=8):
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as problem:
             trouble = f"no answer ({type(problem).__name__})"
             continue
+        except OSError as problem:
+            die(f"{part} could not be written ({problem}): make room on the disk and run the same command again, it goes on from there")
         size = os.path.getsize(part)
         if total is None or size == total:
             os.replace(part, path)
@@ -436,9 +438,9 @@ if __name__ == "__main__":
 
     for tokens in tokens_to_come(document):
         if max_tokens:
-            tokens = tokens[:skip + max_tokens - total - used]
-            if len(tokens) == skip:
+            if total + used == max_tokens:
                 break
+            tokens = tokens[:skip + max_tokens - total - used]
         while len(tokens) - skip >= len(buffer) - used:  # the document fills the shard: the rest of it opens the next one
             take = len(buffer) - used
             buffer[used:] = tokens[skip:skip + take]

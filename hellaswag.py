@@ -50,8 +50,9 @@ def load_questions(path, encoding, block_size=1024):
                 context = encoding.encode_ordinary(question["ctx"])
                 endings = [encoding.encode_ordinary(" " + ending) for ending in question["endings"]]  # GPT-2's words carry their space
                 label = int(question["label"])
-                assert context and len(endings) == 4 and all(endings) and 0 <= label < 4
-            except (ValueError, LookupError, TypeError, AssertionError):
+                if not (context and len(endings) == 4 and all(endings) and 0 <= label < 4):
+                    raise ValueError
+            except (ValueError, LookupError, TypeError):
                 die(f"{path}, line {n}: not a question with \"ctx\", four \"endings\" and a \"label\" of 0 to 3: {line[:60].strip()!r}")
             room = block_size - max(map(len, endings)) + 1  # an ending's last token is predicted, and never read
             if room < 1:

@@ -227,6 +227,16 @@ def test_shards_hold_every_document_opened_by_eot_and_survive_a_kill(tmp_path):
     run(command + "cut", tmp_path)
     for name in shards:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # killed after shard 1, which ended where document 30 ends: max_tokens= is still to come
+    end = sum(lengths[:31])
+    command = f"fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size={end - 100} max_tokens={end + 200} data=even"
+    run(command, tmp_path)
+    expected = (tmp_path / "even/edufineweb_train_000002.npy").read_bytes()
+    os.remove(tmp_path / "even/edufineweb_train_000002.npy")
+    progress = json.load(open(tmp_path / "even/progress.json")) | dict(shards=2, tokens=end, documents=30, offset=lengths[30], done=False)
+    (tmp_path / "even/progress.json").write_text(json.dumps(progress))
+    run(command, tmp_path)
+    assert (tmp_path / "even/edufineweb_train_000002.npy").read_bytes() == expected
 
 
 def test_documents_are_cut_as_gpt2_cuts_them():
@@ -497,6 +507,12 @@ def test_every_parameter_is_in_one_optimizer_group(name):
     held = [p for g in groups for p in g["params"]]
     assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all(p.dim() >= 2 for g in groups if g["weight_decay"] for p in g["params"])
+
+
+def test_a_changed_weight_decay_takes_effect_on_resume():
+    before, after = (train_gpt2.make_optimizers(small_gpt(), "adamw", 1e-3, weight_decay) for weight_decay in (0.1, 0.5))
+    train_gpt2.resume_optimizers(after, dict(optimizers=[optimizer.state_dict() for optimizer in before]), "ckpt.pt")
+    assert [group["weight_decay"] for group in after[0].param_groups] == [0.5, 0.0]
 
 
 def test_schedule():
@@ -1474,6 +1490,10 @@ def test_all_variants_share_one_table(road):
     ("train_caption.py image=broken.jpg num=3 temperature=0", "num=3"),
     ("train_caption.py scst=True", "init_from="),
     ("train_caption.py init_from=out/caption_whole every=2", "every=1"),
+    ("train_caption.py init_from=out/caption_whole out_dir=out/caption_whole", "overwrite"),
+    ("train_caption.py image=shapes/val2017/000001.jpg out_dir=other_eye", "not those"),
+    ("train_caption.py image=shapes/val2017/000001.jpg out_dir=no_eye", "another program"),
+    ("coco.py data=nowhere eda=True", "downloads COCO there"),
     ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3 total_batch_size=512", "not a multiple"),
     ("train_gpt2.py data=nowhere", "fineweb.py"),
     ("fineweb.py text=nowhere.txt", "nowhere.txt"),
@@ -1486,10 +1506,11 @@ def test_bad_input_ends_with_one_line(trained, command, hint):
     os.makedirs(trained / "rows/features", exist_ok=True)
     np.save(trained / "rows/features/patches_train2017.npy", np.zeros((150, 64, 194), np.float16))
     (trained / "broken.jpg").write_bytes(b"not a jpeg")
-    os.makedirs(trained / "other_shape", exist_ok=True)
-    checkpoint = train_gpt2.load_checkpoint(str(trained / "out/caption_whole/ckpt.pt"))
-    checkpoint["model"]["project.0.weight"] = torch.zeros(7, 7)
-    torch.save(checkpoint, trained / "other_shape/ckpt.pt")
+    whole = train_gpt2.load_checkpoint(str(trained / "out/caption_whole/ckpt.pt"))
+    for name, change in dict(other_shape=dict(model=whole["model"] | {"project.0.weight": torch.zeros(7, 7)}), other_eye=dict(weights="others"),
+                             no_eye=dict(settings=whole["settings"] | dict(encoder="squeezenet1_1"), pretrained=None)).items():
+        os.makedirs(trained / name, exist_ok=True)
+        torch.save(whole | change, trained / name / "ckpt.pt")
     before = {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}
     assert hint in run(command, trained, ok=False)
     assert before == {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}  # nothing half-written

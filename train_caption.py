@@ -21,6 +21,7 @@ Writes out_dir/{ckpt.pt, log.csv, results.json, captions_val2017.json, curves.pn
 """
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -43,10 +44,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, download, get_tokenizer, race, show
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, leave, load_checkpoint, load_weights, make_optimizers,
-                        name_changes, plot, pyplot, rank_zero_first, read_log, reseed, resume_optimizers, save_checkpoint, setup, start_wandb,
+                        name_changes, one_first, plot, pyplot, read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
                         stop_signals, sum_over, take_step)
 from cider import document_frequencies, evaluate as score, tokenize
-from coco import encode, load_captions, load_encoder, load_features, open_image, save_json, share_right
+from coco import encode, fingerprint, load_captions, load_encoder, load_features, open_image, save_json, share_right, splits_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_caption.py name=value` overrides any of them
@@ -224,9 +225,9 @@ class Captioner(nn.Module):
 
     @torch.compiler.disable  # no two batches have equally many words: compiled, it would be compiled again and again
     def loss(self, x, targets, weight):
-        said = targets >= 0
+        real = targets >= 0
         share = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[:, None].expand_as(targets)  # (R, T)
-        return self.gpt.nats(x[said], targets[said], share[said])[0]
+        return self.gpt.nats(x[real], targets[real], share[real])[0]
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
@@ -316,6 +317,11 @@ def training_batch(step, batch_size, captions, seed):
     return np.array(images), chosen
 
 
+def reseed(seed, step, rank=0):
+    """Makes dropout, like the data, a pure function of (seed, step): a resumed run needs no saved generator."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
 def gather(features, numbers, device):
     """The features of some pictures, by number: (B, S, W) in fp32, on the device."""
     rows = features[numbers] if torch.is_tensor(features) else torch.from_numpy(features[numbers])
@@ -399,7 +405,7 @@ def caption_split(model, features, tokenizer, max_length, me, beam=1, batch_size
 
 def published_protocol(said, references, seed, n=50 * 128):
     """
-    Scores as the published table has them: 50 batches of 128 pictures, one reference drawn for each, words split on spaces. They can't be
+    Scores as the published table has them: 50 batches of 128 pictures at most, one reference drawn for each, words split on spaces. They can't be
     compared with the literature's, where a caption may agree with any of five references, in whose text the rarity of words is counted too.
     """
     rng = np.random.default_rng(seed)
@@ -498,7 +504,7 @@ def read_pictures(named):
             continue
         files = glob.glob(name)
         if os.path.isdir(name):
-            extensions = tuple(Image.registered_extensions())
+            extensions = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
             files = [os.path.join(name, file) for file in os.listdir(name) if file.lower().endswith(extensions)]
         for file in sorted(files) or [name]:  # a name that stands for nothing is left as it is: the picture that can't be read
             yield file, open_image(file)
@@ -506,15 +512,20 @@ def read_pictures(named):
 
 def caption_pictures(named, path, me, temperature, top_k, num, beam):
     """Prints num captions of each picture that `named` names, and draws the first 40 beside the checkpoint, which is all that is needed."""
-    pictures = list(read_pictures(named))
     checkpoint, model = load_run(path)
-    model.place(me).eval()
     was, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
-    eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"]).to(me.device)
-    titles = []
-    for start in range(0, len(pictures), 32):
-        batch = pictures[start:start + 32]
-        features = torch.from_numpy(encode(eye, [eye.prepare(picture) for _, picture in batch], me.device)).to(me.device, torch.float32)
+    if was["encoder"] not in ("tagger", "patches") and not checkpoint["pretrained"]:
+        die(f"{path} was trained on features that another program wrote: it has no encoder to look at new pictures with")
+    eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"])
+    if fingerprint(eye) != checkpoint["weights"]:
+        die(f"the weights of {was['encoder']} ({checkpoint['pretrained']}) are not those that {path} was trained with")
+    eye.to(me.device)
+    model.place(me).eval()
+    pictures, drawn, titles = read_pictures(named), [], []
+    while batch := list(itertools.islice(pictures, 32)):
+        features = encode(eye, [eye.prepare(picture) for _, picture in batch], me.device, me.autocast)
+        features = torch.from_numpy(features).to(me.device, torch.float32)
+        drawn += [picture for _, picture in batch[:40 - len(drawn)]]
         with me.autocast:
             tokens = model.generate(features, tokenizer.eot_token, was["max_length"], temperature, top_k, num, beam)
         said = to_text(tokens, tokenizer)
@@ -523,7 +534,7 @@ def caption_pictures(named, path, me, temperature, top_k, num, beam):
             print(*(f"{name}: {caption}" for caption in mine), sep="\n", flush=True)
             titles.append("\n".join(mine))
     target = os.path.join(os.path.dirname(path), "image.png")
-    draw_captions(target, [picture for _, picture in pictures[:40]], titles, columns=min(4, len(pictures)))
+    draw_captions(target, drawn, titles, columns=min(4, len(drawn)))
     print(f"drawn in {target}, by {path}")
 
 
@@ -539,7 +550,8 @@ def beside_the_plain_way(me, fusion, every, batch_size, compile, words=16):
     """
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
-    bos, B = 50256, batch_size if "cuda" in me.device else 16
+    cuda = "cuda" in me.device
+    bos, B = 50256, batch_size if cuda else 16
     features, temporary = torch.randn(B, 50, 768), tempfile.TemporaryDirectory()
     folder = temporary.name
     np.save(f"{folder}/features.npy", features.half().numpy())
@@ -551,9 +563,10 @@ def beside_the_plain_way(me, fusion, every, batch_size, compile, words=16):
     targets = idx.masked_fill(torch.arange(idx.shape[1], device=me.device) >= lengths, -100)
     plain = Captioner(GPT(GPTConfig()), fusion, every, width=768).to(me.device)
     adamw = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)
+    held = torch.cuda.memory_allocated() if cuda else 0
     ours = Captioner(GPT(GPTConfig()), fusion, every, width=768).place(me)
     optimizers = make_optimizers(ours, "adamw", 1e-4, 0.1)
-    step_model = torch.compile(ours) if (compile if compile is not None else "cuda" in me.device) else ours
+    step_model = torch.compile(ours) if (cuda if compile is None else compile) else ours
 
     def load():
         return torch.stack([torch.load(f"{folder}/{i}.pt") for i in range(B)]).to(me.device)
@@ -584,11 +597,15 @@ def beside_the_plain_way(me, fusion, every, batch_size, compile, words=16):
 
     kind = "bfloat16" if isinstance(me.autocast, torch.autocast) else "float32"
     print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads")
+    if cuda:
+        train()
+        train()  # the second time, AdamW's averages are there
+        print(f"training here takes {(torch.cuda.max_memory_allocated() - held) / 1e9:.2f} GB at most")
     print(f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
     for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
         slow, fast = race(*ways, rounds=3)
         print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}"
-              + (f" | 8 epochs of COCO would take {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
+              + (f" | 8 epochs of COCO, without evaluation: {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -659,7 +676,7 @@ if __name__ == "__main__":
     config = configure(globals())
     if fusion not in ("xattn", "linear", "qformer", "all"):
         die(f"fusion={fusion}: xattn, linear, qformer or all")
-    if min(every, beam, num, 1 if top_k is None else top_k) < 1 or samples < 2:
+    if min(every, beam, num, top_k) < 1 or samples < 2:
         die(f"every={every}, beam={beam}, num={num}, top_k={top_k}: 1 or more; samples={samples}: 2 or more")
     if num > beam and (beam > 1 or temperature == 0):
         die(f"num={num} different captions of a picture need a temperature above 0, or a beam at least as wide")
@@ -688,7 +705,7 @@ if __name__ == "__main__":
         checkpoint, model = load_run(init_from)
         preset = {k: v for k, v in checkpoint["settings"].items() if k in INHERITED}
     elif data is None:
-        preset |= dict(data="data/coco2017") if os.path.isdir("data/coco2017") else SHAPES_PRESET
+        preset |= dict(data="data/coco2017") if splits_of("data/coco2017") else SHAPES_PRESET
     config = configure(globals(), preset)
     rank, world, device, autocast = me
     t_start = time.time()
@@ -711,28 +728,34 @@ if __name__ == "__main__":
     if rank == 0:
         show(config)
         os.makedirs(out_dir, exist_ok=True)
+    if init_from not in ("scratch", "resume") and os.path.realpath(out_dir) in map(os.path.realpath, (init_from, os.path.dirname(init_from))):
+        die(f"this would overwrite {out_dir}, the run that it starts from: give it an out_dir= of its own")
     train_images, train_said = load_captions(data, "train2017")
     images, references = load_captions(data, split)
     train_features, about = load_features(data, encoder, "train2017", len(train_images), train_images)
-    val_features, _ = load_features(data, encoder, split, len(images), images)
+    val_features, val_about = load_features(data, encoder, split, len(images), images)
+    if about.get("weights") != val_about.get("weights"):
+        die(f"the {encoder} features of train2017 and {split} were made with different weights: delete the wrong ones and encode again")
     S, W = train_features.shape[1:]
     if shuffle:
         train_features, val_features = (np.random.default_rng(seed).permutation(f) for f in (train_features, val_features))
-    if "cuda" in device and train_features.nbytes < 0.5 * torch.cuda.mem_get_info()[0]:  # COCO's 9 GB fit on most GPUs: no loader needed
+    if "cuda" in device and train_features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:  # COCO's 9 GB fit on most GPUs: no loader needed
         train_features = torch.from_numpy(train_features[:]).to(device)
 
     # ---- the GPT, and the bridge to it
     torch.manual_seed(seed)
     if init_from == "scratch":
-        with rank_zero_first(me):
+        with one_first(me):
             writer = GPT.from_pretrained(gpt)
         tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2") if gpt.endswith(".pt") else "gpt2"  # others' weights are in GPT-2's
         model = Captioner(writer, fusion, every, W, n_query, dropout)
     else:
         if init_from == "resume":
             checkpoint, model = load_run(path)
-        tokenizer_source, was = checkpoint["tokenizer"], checkpoint["settings"] | dict(width=checkpoint["width"])
-        if other := [k for k, v in dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W).items() if was[k] != v]:
+        tokenizer_source = checkpoint["tokenizer"]
+        was = checkpoint["settings"] | dict(width=checkpoint["width"], weights=checkpoint["weights"])
+        now = dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W, weights=about.get("weights"))
+        if other := [k for k, v in now.items() if was[k] != v]:
             die(f"{init_from} was trained with {', '.join(f'{k}={was[k]}' for k in other)}: go on with the same")
     gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
     if gpt_config.vocab_size != tokenizer.n_vocab:
@@ -790,7 +813,8 @@ if __name__ == "__main__":
             taught = load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None
             save_checkpoint(path, dict(
                 model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config,
-                gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source, pretrained=about.get("pretrained"), tagger=taught))
+                gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source, pretrained=about.get("pretrained"),
+                weights=about.get("weights"), tagger=taught))
         if step >= max_steps or eval_only or stop:
             break
 
@@ -832,7 +856,7 @@ if __name__ == "__main__":
     # ---- what came of it
     if stop:
         if rank == 0:
-            print(f"stopped at step {step}; go on with init_from=resume out_dir={out_dir}")
+            print(f"stopped at step {step}; the same command with init_from=resume goes on")
         leave(me)
     without, wrong = (perplexity(model, val_features, val_captions, me, sight) for sight in ("none", "wrong"))
     table = {"greedy": scores}
@@ -845,6 +869,8 @@ if __name__ == "__main__":
     if rank == 0:
         if not eval_only:
             log.add(**row)
+            if wandb:
+                wandb.log(row, step=step)
         right = share_right(images, said)
         results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores,
                        perplexity_wrong_picture=wrong, perplexity_no_picture=without, right=right, step=step, scores=table, settings=config)

@@ -28,7 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice, repeat, zip_longest
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -382,10 +382,10 @@ def open_shard(path):
         header = np.fromfile(path, np.int32, 256)
         if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
             die(f"{path} does not begin as a .bin shard of GPT-2 tokens does (20240520, 1): write it again, or use fineweb.py's shards")
-        shard = np.memmap(path, np.uint16, "r", 1024)
-        if len(shard) != header[2]:
-            die(f"{path} holds {len(shard):,} tokens and should hold {header[2]:,}: it was cut short, copy it again")
-        return shard
+        n = (os.path.getsize(path) - 1024) // 2
+        if n != header[2]:
+            die(f"{path} holds {n:,} tokens and should hold {header[2]:,}: it was cut short, copy it again")
+        return np.memmap(path, np.uint16, "r", 1024, n)
     try:
         shard = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as problem:
@@ -438,7 +438,7 @@ class Loader:
             while coming:
                 rows = coming.pop().result()
                 coming += [reader.submit(read, numbers) for numbers in islice(wanted, 1)]
-                yield rows.to(device, non_blocking=True)
+                yield rows.to(device, non_blocking="cuda" in device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -456,15 +456,16 @@ class Process(NamedTuple):
 def setup(device, dtype):
     """Under torchrun, one process a GPU (nccl) or a CPU worker (gloo); else one process on the best device there is."""
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world == 1, "cpu": True}  # gloo knows no mps
     device = str(device or next(name for name in present if present[name]))
     if not present.get(device.split(":")[0]):
         die(f"device={device}: this machine has {', '.join(name for name in present if present[name])}")
     if device == "cuda" and world > 1:
         device = f"cuda:{local}"
+    if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     device_type = device.split(":")[0]
-    dtype = dtype or ("bfloat16" if device_type == "cuda" else "float32")
+    dtype = dtype or ("bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
     if dtype not in ("bfloat16", "float32"):
         die(f"dtype={dtype}: bfloat16 or float32")
     if world > 1 and not dist.is_initialized():
@@ -475,12 +476,13 @@ def setup(device, dtype):
 
 
 @contextmanager
-def rank_zero_first(me):
-    """What is done inside, rank 0 does before the others: they find its downloads finished."""
-    if me.rank:
+def one_first(me):
+    """What is done inside, one process of each machine does before the others: they find its downloads finished."""
+    others = int(os.environ.get("LOCAL_RANK", 0)) > 0
+    if others:
         dist.barrier()
     yield
-    if me.world > 1 and not me.rank:
+    if me.world > 1 and not others:
         dist.barrier()
 
 
@@ -529,7 +531,10 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95))
 def resume_optimizers(optimizers, checkpoint, path):
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            asked = [group["weight_decay"] for group in optimizer.param_groups]  # load_state_dict would bring back the old one
             optimizer.load_state_dict(state)
+            for group, weight_decay in zip(optimizer.param_groups, asked):
+                group["weight_decay"] = weight_decay
     except (ValueError, KeyError):
         die(f"{path} was written with other optimizer settings (optimizer={checkpoint['settings']['optimizer']}): resume with the same")
 
@@ -555,11 +560,6 @@ def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosin
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else min(1.0, (1 - progress) / 0.2)
     return min_lr + falling * (learning_rate - min_lr)
-
-
-def reseed(seed, step, rank=0):
-    """Makes dropout, like the data, a pure function of (seed, step): a resumed run needs no saved generator."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 def stop_signals():
@@ -643,8 +643,11 @@ class Log:
 
     def add(self, **row):
         self.rows.append(row)
-        with open(self.path, "a", newline="") as f:
-            csv.DictWriter(f, self.columns).writerow(row)
+        try:
+            with open(self.path, "a", newline="") as f:
+                csv.DictWriter(f, self.columns).writerow(row)
+        except OSError as problem:
+            die(f"{self.path} could not be written ({problem}): make room on the disk and go on with init_from=resume")
 
 
 def read_log(path):
@@ -746,8 +749,9 @@ def peak_rss():
 
 
 # bfloat16 FLOPs a second, dense, of the vendors' data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+              "L4": 121e12,
+"4090": 165e12, "3090": 71e12}
 
 
 def flops_share(model, T, tokens_per_second, world=1):
@@ -775,9 +779,15 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
     def step(*trained):
         return lambda: train_step(*trained, batches, accumulate, 1e-5, 1.0, me)[1].item()  # .item() waits for the device
 
+    def peak(way):  # the second time, the optimizer's averages are there
+        way()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        way()
+        return torch.cuda.max_memory_allocated() if cuda else peak_rss()
+
     ways = {"ours": step(step_model, model, optimizers)}
-    ways["ours"]()
-    memory = [torch.cuda.max_memory_allocated() if cuda else peak_rss()]
+    memory = [peak(ways["ours"])]
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except (ImportError, RuntimeError):
@@ -785,18 +795,19 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
     else:
         held = torch.cuda.memory_allocated() if cuda else 0
         theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                            n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+                                            n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
         compiled = torch.compile(theirs.to(me.device)) if step_model is not model else theirs.to(me.device)
         adamw = [torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)]
-        ways["transformers"] = step(lambda idx, targets: compiled(idx, labels=idx).loss, theirs, adamw)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-            ways["transformers"]()
-            memory.append(torch.cuda.max_memory_allocated() - held)
+        try:
+            way = step(lambda idx, targets: compiled(idx, labels=idx).loss, theirs, adamw)
+            memory.append(peak(way) - held if cuda else None)
+            ways["transformers"] = way
+        except torch.OutOfMemoryError:
+            print("transformers runs out of memory with these settings")
     seconds = race(*ways.values())
-    for name, each, peak in zip_longest(ways, seconds, memory):
+    for name, each, most in zip(ways, seconds, memory):
         speed = accumulate * B * T / each
-        print(f"training, {name:13}{speed:12,.0f} tok/s{flops_share(model, T, speed)}" + (f" | {peak / 1e9:.2f} GB at most" if peak else "")
+        print(f"training, {name:13}{speed:12,.0f} tok/s{flops_share(model, T, speed)}" + (f" | {most / 1e9:.2f} GB at most" if most else "")
               + (f" | ours is {each / seconds[0]:.2f} times as fast" if name != "ours" else ""), flush=True)
 
     start, new = torch.randint(c.vocab_size, (1, 8), device=me.device), min(max_new_tokens, c.block_size - 8)
@@ -805,7 +816,7 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
     def recompute():
         idx = start
         for _ in range(new):
-            idx = torch.cat([idx, model(idx)[:, -1:].argmax(-1)], 1)
+            idx = torch.cat([idx, model.head(model.hidden(idx)[:, -1:]).argmax(-1)], 1)
         return idx
 
     rng = np.random.default_rng(0)
@@ -841,7 +852,7 @@ if __name__ == "__main__":
     tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
     of_shards = open(tokenizer_file).read() if os.path.exists(tokenizer_file) else "gpt2"
     source = os.path.join(out_dir, "ckpt.pt") if init_from == "resume" else init_from
-    will_train = not (prompt or export or eval_only or bench)
+    will_train = not (prompt is not None or export or eval_only or bench)
     if init_from == "resume" and will_train and not os.path.exists(source) and not os.path.exists(previous(source)):
         source = "scratch"  # a run that was killed before its first checkpoint
         if rank == 0:
@@ -851,7 +862,7 @@ if __name__ == "__main__":
         tokenizer = of_shards
         model = GPT(GPTConfig(block_size, get_tokenizer(tokenizer).n_vocab if tokenizer != "gpt2" else 50257, n_layer, n_head, n_embd))
     else:
-        with rank_zero_first(me):
+        with one_first(me):
             model = GPT.from_pretrained(source)
         if source.endswith(".pt"):
             checkpoint = load_checkpoint(source)
@@ -862,7 +873,7 @@ if __name__ == "__main__":
     B, T = batch_size, min(block_size, model.config.block_size)
 
     if prompt is not None:
-        for text in continue_text(model, get_tokenizer(tokenizer), prompt, 4, max_new_tokens, temperature, top_k, seed, device):
+        for text in continue_text(model, get_tokenizer(tokenizer), str(prompt), 4, max_new_tokens, temperature, top_k, seed, device):
             print(">", text)
         sys.exit(0)
     if export:
@@ -876,8 +887,8 @@ if __name__ == "__main__":
         if tokenizer != of_shards:
             die(f"the shards in {data} were written with another tokenizer than {source} was trained with")
         questions = []
-        if exam or exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only):
-            with rank_zero_first(me):
+        if exam or (exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only)):
+            with one_first(me):
                 questions = hellaswag.load_questions(exam_file, get_tokenizer(tokenizer), model.config.block_size)[:exam]
     if eval_only:
         loss = evaluate(model, val, B, eval_tokens, me)
@@ -898,15 +909,20 @@ if __name__ == "__main__":
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
+    if bench and world > 1:
+        die("bench=True measures one process: start it without torchrun")
     if bench:
         benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me)
         sys.exit(0)
     if checkpoint:
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
+    if sum_over(me, step)[0] != step * world:
+        die(f"not every process found the same {source}: out_dir= must be a folder that all machines share")
+    if checkpoint:
         if rank == 0:
-            name_changes(config, checkpoint, "data n_layer n_head n_embd block_size total_batch_size optimizer learning_rate min_lr "
-                                             "warmup_steps max_steps schedule weight_decay grad_clip seed dtype")
+            name_changes(config, checkpoint, "data block_size total_batch_size optimizer learning_rate min_lr warmup_steps max_steps "
+                                             "schedule weight_decay grad_clip seed dtype")
     train = Loader(data, "train", T, model.config.vocab_size, seed)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
@@ -946,7 +962,6 @@ if __name__ == "__main__":
             break
 
         t0 = time.time()
-        reseed(seed, step, rank)
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule)
         loss, norm = train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, me)
         loss, stop = sum_over(me, float(loss) / world, len(asked_to_stop))  # all processes stop after the same step
@@ -966,6 +981,8 @@ if __name__ == "__main__":
     if rank == 0:
         if not stop:
             log.add(**row)
+            if wandb:
+                wandb.log(row, step=step)
         losses = {"train": curve(log.rows, "loss"), "validation": curve(log.rows, "val_loss")}
         if tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb"):
             losses["OpenAI GPT-2 124M"] = ([0, step], [3.2924] * 2)  # build-nanogpt's figure, for its validation shard
