@@ -813,11 +813,17 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
     start, new = torch.randint(c.vocab_size, (1, 8), device=me.device), min(max_new_tokens, c.block_size - 8)
 
     @torch.no_grad()
-    def recompute():
+    def recompute(logits):
         idx = start
         for _ in range(new):
-            idx = torch.cat([idx, model.head(model.hidden(idx)[:, -1:]).argmax(-1)], 1)
-        return idx
+            idx = torch.cat([idx, logits(idx)[:, -1:].argmax(-1)], 1)
+        return idx.tolist()
+
+    def generate():
+        return model.generate(start, new, temperature=0).tolist()
+
+    def last_logits(idx):
+        return model.head(model.hidden(idx)[:, -1:])
 
     rng = np.random.default_rng(0)
 
@@ -826,13 +832,14 @@ def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, m
 
     # of HellaSwag's 10,042 questions, some 80 share each length of context; here 32 do
     questions = [(made(40 + 30 * (n % 2)), [made(rng.integers(8, 36)) for _ in range(4)], 0) for n in range(64)]
-    for what, quick, plain in (
-            (f"generating {new} tokens", lambda: model.generate(start, new, temperature=0).tolist(), lambda: recompute().tolist()),
+    for what, quick, plain, remark in (
+            (f"generating {new} tokens", generate, lambda: recompute(model), ", where that takes all positions' logits"),
+            ("the same", generate, lambda: recompute(last_logits), ", where it takes the last position's"),
             (f"{len(questions)} HellaSwag questions", lambda: hellaswag.predict(model, questions, model.reader(), me.device),
-             lambda: hellaswag.predict(model, questions, None, me.device, tokens_at_once=1))):
+             lambda: hellaswag.predict(model, questions, None, me.device, tokens_at_once=1), "")):
         with me.autocast:
             fast, slow = race(quick, plain, rounds=3)
-        print(f"{what:23}{fast:8.3f} s | the plain way {slow:8.3f} s | {slow / fast:.1f} times as fast", flush=True)
+        print(f"{what:23}{fast:8.3f} s | the plain way {slow:8.3f} s | {slow / fast:.1f} times as fast{remark}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
