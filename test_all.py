@@ -814,6 +814,13 @@ def test_cider_oracle():
 # ---- pictures (coco.py)
 
 
+def test_the_same_command_again_uses_what_is_there(road):
+    before = {path: path.stat().st_mtime_ns for path in (road / "shapes").rglob("*.*")}
+    said = run("coco.py data=shapes shapes=200 encoder=patches", road)
+    assert "shapes is there already" in said and "patches_val2017.npy is there already" in said
+    assert before == {path: path.stat().st_mtime_ns for path in (road / "shapes").rglob("*.*")}
+
+
 def test_shapes_are_reproducible_and_splits_share_no_scene(road, tmp_path):
     coco.draw_shapes(str(tmp_path), 200, seed=1337)
     for split in coco.SPLITS:
