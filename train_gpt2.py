@@ -878,6 +878,8 @@ if __name__ == "__main__":
             checkpoint = None  # a new run, from these weights
     model.to(device)
     B, T = batch_size, min(block_size, model.config.block_size)
+    if T < block_size and rank == 0:
+        print(f"{source} has positions for {T} tokens only: sequences are {T} long, not {block_size}")
 
     if prompt is not None:
         for text in continue_text(model, get_tokenizer(tokenizer), str(prompt), 4, max_new_tokens, temperature, top_k, seed, device):
@@ -916,20 +918,20 @@ if __name__ == "__main__":
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
     if world > 1:
         step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
-    if bench and world > 1:
-        die("bench=True measures one process: start it without torchrun")
     if bench:
+        if world > 1:
+            die("bench=True measures one process: start it without torchrun")
         benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me)
         sys.exit(0)
     if checkpoint:
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
-    if sum_over(me, step)[0] != step * world:
-        die(f"not every process found the same {source}: out_dir= must be a folder that all machines share")
-    if checkpoint:
         if rank == 0:
             name_changes(config, checkpoint, "data block_size total_batch_size optimizer learning_rate min_lr warmup_steps max_steps "
                                              "schedule weight_decay grad_clip seed dtype")
+        checkpoint = None  # all of it is in use by now: a second copy would only take memory
+    if sum_over(me, step)[0] != step * world:
+        die(f"not every process found the same {source}: out_dir= must be a folder that all machines share")
     train = Loader(data, "train", T, model.config.vocab_size, seed)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
