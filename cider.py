@@ -454,7 +454,7 @@ def read_coco(path, key=None):
         raise ValueError(f"{path} is not a COCO {'captions' if key else 'results'} file (--help tells what that is)")
 
 
-def race(ours, images):
+def measure(ours, images):
     """Seconds from captions to scores and from tokens to scores, medians of nine (three), and peak MB: alone in a process."""
     import resource, shutil, time
     rng, syllables = np.random.default_rng(0), str.maketrans(dict(zip("0123456789", "ba de fi go hu ka le mi po ru".split())))
@@ -498,7 +498,7 @@ if __name__ == "__main__":
         found = []
         for side in ("cider.py", "pycocoevalcap")[:2 if find_spec("pycocoevalcap") else 1]:
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                found.append(process.submit(race, side == "cider.py", bench).result())
+                found.append(process.submit(measure, side == "cider.py", bench).result())
             whole, scoring, memory = found[-1]
             print(f"{side}: {whole:.2f} s from captions to scores, {scoring:.2f} s from tokens to scores, {memory:,.0f} MB", flush=True)
         if len(found) == 2:

@@ -117,7 +117,7 @@ def show(config):
 
 def race(*ways, rounds=5):
     """
-    What every bench=True measures with: the median seconds of each of some functions. They take turns, so that what else the machine
+    What bench=True measures with: the median seconds of each of some functions. They take turns, so that what else the machine
     does befalls all of them, and a first round, which compiles and fills caches, does not count.
     """
     rows = [[timeit.timeit(way, number=1) for way in ways] for _ in range(rounds + 1)]
@@ -175,6 +175,8 @@ def download(url, path, tries=8):
         except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as problem:
             trouble = f"no answer ({type(problem).__name__})"
             continue
+        except requests.RequestException as problem:  # a malformed address, say
+            die(f"{url}: {problem}")
         except OSError as problem:
             die(f"{part} could not be written ({problem}): make room on the disk and run the same command again, it goes on from there")
         size = os.path.getsize(part)
