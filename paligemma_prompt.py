@@ -60,7 +60,7 @@ from fineweb import configure, die, download, hub, save_atomically, show
 from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, peak_rss, plot, pyplot, read_log,
                         resume_optimizers, save_checkpoint, setup, start_wandb, take_step)
 from cider import evaluate as score
-from coco import draw_shapes, load_captions, open_image, splits_of
+from coco import draw_shapes, load_captions, open_image, save_json, splits_of
 from train_caption import TokenizedCaptions, beam_search, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -815,7 +815,7 @@ def compare_ways(config, folder):
         log = f"{mine}/log.csv"
         rows.append(json.load(open(f"{mine}/results.json")) | dict(way=way, log=log))
         losses[way], perplexities[way] = curve(read_log(log), "loss"), curve(read_log(log), "perplexity")
-    save_atomically(f"{folder}/results.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    save_json(f"{folder}/results.json", rows, indent=1)
     plot(f"{folder}/curves.png", {"loss (nats a token)": losses, "perplexity of held-out captions": perplexities})
     draw_comparison(f"{folder}/comparison.png", rows)
     return rows
@@ -996,8 +996,8 @@ if __name__ == "__main__":
     results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms or 0)) / 1000,
                    perplexity=right, perplexity_wrong_picture=wrong, **scores, step=step, split=split, settings=config)
     coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
-    for file, content in (("results.json", results), (f"captions_{split}.json", coco_results)):
-        save_atomically(os.path.join(out_dir, file), lambda f: f.write(json.dumps(content, indent=1).encode()))
+    save_json(os.path.join(out_dir, "results.json"), results, indent=1)
+    save_json(os.path.join(out_dir, f"captions_{split}.json"), coco_results, indent=1)
     plot(os.path.join(out_dir, "curves.png"), {"loss (nats a token)": {"train": curve(log.rows, "loss")},
                                                "perplexity of held-out captions": {"": curve(log.rows, "perplexity")}})
     draw_captions(os.path.join(out_dir, "captions.png"), [open_image(file) for file in pictures.files[:12]],
