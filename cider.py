@@ -4,7 +4,6 @@ The judge: CIDEr, BLEU and ROUGE-L, equal to coco-caption's, in numpy, without J
     python cider.py results.json captions_val2017.json              # the table of scores
     python cider.py results.json captions_val2017.json show=5       # ... and the five best and worst captions
     python cider.py results.json captions_val2017.json out=s.json   # ... and every image's scores as json
-    python cider.py bench=5000                                      # 0.28 s beside pycocoevalcap's 8.0, both on a busy core of an AMD EPYC
 
 results.json is a COCO results file, [{"image_id": 42, "caption": "a dog"}, ...], the other any COCO captions file.
 
@@ -35,22 +34,19 @@ n-grams; E different (n-gram, sentence) pairs; P (candidate, reference) pairs.
 import functools
 import itertools
 import json
-import os
 import re
-import sys
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python cider.py name=value` overrides any of them
 
-results = None   # COCO results file to judge
-captions = None  # COCO captions file: the references
-out = None       # write the scores, overall and of each image, to this json file
-show = 0         # print so many of the best and of the worst captions
-bench = 0        # instead, measure the time on so many made-up images of five references each
+results: str = None         # COCO results file to judge
+captions: str = None        # COCO captions file: the references
+out: str = None             # write the scores, overall and of each image, to this json file
+show = 0                    # >= 0: print so many of the best and of the worst captions
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens. Scores can be compared only if all cut words alike: as the Penn Treebank does, in the dialect of the Java
@@ -441,85 +437,82 @@ def evaluate(candidates, references, df=None, tokenized=False):
 # the command line
 
 
-def read_coco(path, key=None):
-    """A COCO file -> {image id: its captions}, in the order of the file's images, which is coco-caption's."""
+def read_captions(path):
+    """
+    A COCO captions file -> (images, captions): the entries of its "images", and for each of them
+    the list of its captions. This is the one check of a data set: ids are unique, captions are
+    strings with a word in them, every image has one. Annotations of images that "images" does not
+    list are left out, as coco-caption leaves them. Without "images", the annotations say which
+    images there are. Raises ValueError with one line for a person.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
-        said = {image["id"]: [] for image in content.get("images", [])} if key else {}
-        for row in content[key] if key else content:
-            said.setdefault(row["image_id"], []).append(row["caption"] + "")  # + "": a TypeError unless it is a string
-        return {image: captions for image, captions in said.items() if captions}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{path} is not a COCO {'captions' if key else 'results'} file (--help tells what that is)")
+        annotations = content["annotations"]
+        rows = [(str(row["image_id"]), row["caption"]) for row in annotations]
+        named = dict.fromkeys(name for name, _ in rows)
+        images = content.get("images", [dict(id=name) for name in named])
+        ids = [str(image["id"]) for image in images]
+        names = [image.get("file_name", "") for image in images]
+    except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise ValueError(f'{path} is not a COCO captions file, which has "images" (id, file_name) '
+                         f'and "annotations" (image_id, caption): {type(problem).__name__} {problem}')
+    captions = {name: [] for name in ids}
+    if len(captions) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise ValueError(f"{path}: two images have the id {twice}: each needs its own")
+    for image, name in zip(images, names):
+        if not isinstance(name, str) or ("file_name" in image and not name):
+            raise ValueError(f"{path}: the file_name of image {image['id']} is {name!r}, not a name")
+    for image, caption in rows:
+        if not isinstance(caption, str) or not caption.strip():
+            raise ValueError(f"{path}: a caption of image {image} is {caption!r}, not text")
+        if image in captions:
+            captions[image].append(caption)
+    silent = [name for name in ids if not captions[name]]
+    if silent or not images:
+        raise ValueError(f"{path}: {len(silent)} of {len(images)} images have no caption, such as "
+                         f"image_id {', '.join(silent[:5])}")
+    return images, list(captions.values())
 
 
-def measure(ours, images):
-    """Seconds from captions to scores and from tokens to scores, medians of nine (three), and peak MB: alone in a process."""
-    import resource, shutil, time
-    rng, syllables = np.random.default_rng(0), str.maketrans(dict(zip("0123456789", "ba de fi go hu ka le mi po ru".split())))
-
-    def make():  # a caption for each image, of as many different words as people use, each as often as in English (Zipf)
-        ranks = np.exp(rng.uniform(0, 8.5, (images, 14))).astype(int).tolist()
-        return [" ".join(map(str, row[:rng.integers(8, 15)])).translate(syllables).capitalize() + "." for row in ranks]
-
-    def seconds(work):
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-
-    made, times = [make() for _ in range(6)], []
-    captions, tokens = ((candidates, list(zip(*references))) for candidates, *references in (made, list(map(tokenize, made))))
-    if not ours:
-        from pycocoevalcap.eval import Bleu, Cider, PTBTokenizer, Rouge
-        for stream in 1, 2:  # it prints much
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        captions = [{i: [dict(caption=said) for said in row] for i, row in enumerate(rows)} for rows in (captions[1], zip(captions[0]))]
-        tokens = [{i: list(map(" ".join, row)) for i, row in enumerate(rows)} for rows in (tokens[1], zip(tokens[0]))]
-    for _ in range(9 if ours else 3):
-        if ours:
-            times.append((seconds(lambda: evaluate(*captions)), seconds(lambda: evaluate(*tokens, tokenized=True))))
-        else:
-            lexing = seconds(lambda: list(map(PTBTokenizer().tokenize, captions))) if shutil.which("java") else np.nan
-            scoring = seconds(lambda: [metric.compute_score(*tokens) for metric in (Bleu(4), Cider(), Rouge())])
-            times.append((lexing + scoring, scoring))
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # Java's, if larger
-    return *np.median(times, 0), peak / 2 ** (20 if sys.platform == "darwin" else 10)
+def read_results(path):
+    """A COCO results file -> {image id, as a string: its caption}. Raises ValueError, likewise."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            rows = [(str(row["image_id"]), row["caption"]) for row in json.load(file)]
+    except (ValueError, LookupError, TypeError, AttributeError) as problem:
+        raise ValueError(f'{path} is not a COCO results file, [{{"image_id": 42, "caption": "a dog"}}, '
+                         f'...]: {type(problem).__name__} {problem}')
+    results = dict(rows)
+    if len(results) < len(rows):
+        twice = next(name for name, n in Counter(name for name, _ in rows).items() if n > 1)
+        raise ValueError(f"{path}: image_id {twice} has more than one caption")
+    for image, caption in rows:
+        if not isinstance(caption, str):
+            raise ValueError(f"{path}: the caption of image_id {image} is {caption!r}, not text")
+    return results
 
 
 if __name__ == "__main__":
     from fineweb import configure, die, save_atomically
 
     configure(globals(), positional=("results", "captions"))
-    if bench > 0:
-        from concurrent.futures import ProcessPoolExecutor
-        from importlib.util import find_spec
-        from multiprocessing import get_context
-        found = []
-        for side in ("cider.py", "pycocoevalcap")[:2 if find_spec("pycocoevalcap") else 1]:
-            with ProcessPoolExecutor(1, get_context("spawn")) as process:
-                found.append(process.submit(measure, side == "cider.py", bench).result())
-            whole, scoring, memory = found[-1]
-            print(f"{side}: {whole:.2f} s from captions to scores, {scoring:.2f} s from tokens to scores, {memory:,.0f} MB", flush=True)
-        if len(found) == 2:
-            whole, scoring, memory = np.divide(*reversed(found))
-            print(f"{bench:,} images: {whole:.1f} times as fast, {scoring:.1f} times from tokens, 1/{memory:.1f} of the memory")
-        sys.exit()
-
     if not (results and captions):
         die("give a results file and a captions file: python cider.py results.json captions_val2017.json (or --help)")
     try:
-        references, judged = read_coco(captions, "annotations"), read_coco(results)
-        for ids, what in ((references.keys() - judged.keys(), f"images of {captions} have no caption"),
-                          (judged.keys() - references.keys(), f"images are not in {captions}"),
-                          ({image for image in judged if len(judged[image]) > 1}, "images have more than one caption")):
-            if ids:
-                die(f"{results}: {len(ids)} {what}, such as image_id {', '.join(map(str, sorted(ids, key=str)[:5]))}")
-        candidates = [judged[image][0] for image in references]
+        listed, references = read_captions(captions)
+        ids, judged = [str(image["id"]) for image in listed], read_results(results)
+        references = dict(zip(ids, references))
+        for wrong, what in ((references.keys() - judged.keys(), f"images of {captions} have no caption"),
+                            (judged.keys() - references.keys(), f"images are not in {captions}")):
+            if wrong:
+                die(f"{results}: {len(wrong)} {what}, such as image_id {', '.join(sorted(wrong)[:5])}")
+        candidates = [judged[image] for image in references]
         scores, per_image = evaluate(candidates, list(references.values()))
         if out:
-            images = [dict(image_id=image, caption=caption, **{metric: each[i] for metric, each in per_image.items()})
-                      for i, (image, caption) in enumerate(zip(references, candidates))]
+            images = [dict(image_id=image["id"], caption=caption, **{metric: each[i] for metric, each in per_image.items()})
+                      for i, (image, caption) in enumerate(zip(listed, candidates))]
             save_atomically(out, lambda file: file.write(json.dumps(dict(scores=scores, images=images)).encode()))
     except (ValueError, OSError) as error:
         die(error)

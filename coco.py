@@ -22,12 +22,10 @@ An encoder runs once: it is frozen, so what it sees of a picture never changes. 
 (ViT-B-32: 50 tokens x 768), `tagger` (64 x 128, taught here, by the training captions alone, to notice what they speak of)
 and `patches` (64 x 194: the raw pixels). Features that another program wrote, such as squeezenet1_1's, are taken as they are.
 """
-import contextlib
 import csv
 import difflib
 import glob
 import hashlib
-import io
 import json
 import math
 import os
@@ -50,29 +48,28 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from fineweb import configure, die, download, race, save_atomically, show
+from fineweb import configure, die, download, save_atomically, print_settings
 from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, setup
-from cider import tokenize
+from cider import read_captions, tokenize
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python coco.py name=value` overrides any of them
 
 data = "data/coco2017"      # the data set's folder
-shapes = 0                  # draw so many training scenes (and a twentieth of that for validation) instead of downloading
-risc_csv = ""               # make the data set from this captions.csv and the folder resized/ beside it
-karpathy_json = ""          # make the data set from this dataset_*.json
-pictures = ""               # karpathy_json=: the folder of its pictures; looked for beside it if not given
-karpathy_split = ""         # Karpathy's dataset_coco.json: regroup COCO 2017 as it says, in a folder of its own beside data
+shapes = 0                  # >= 0: draw so many training scenes (and a twentieth of that for validation) instead of downloading
+risc_csv: str = None               # make the data set from this captions.csv and the folder resized/ beside it
+karpathy_json: str = None          # make the data set from this dataset_*.json
+pictures: str = None               # karpathy_json=: the folder of its pictures; looked for beside it if not given
+karpathy_split: str = None         # Karpathy's dataset_coco.json: regroup COCO 2017 as it says, in a folder of its own beside data
 encoder = "ViT-B-32"        # an open_clip model name, tagger, patches; none = make the data set, encode nothing
 pretrained = "openai"       # open_clip's tag of the weights, or a local weights file; none = random weights, to try the plumbing
 skip_bad = False            # pictures that can't be read: take them out of the json, instead of ending with their names
-batch_size = 128            # pictures encoded at once
-teach_steps = 450           # steps that the tagger is taught for
+batch_size = 128            # >= 1: pictures encoded at once
+teach_steps = 450           # >= 1: steps that the tagger is taught for
 eda = False                 # draw and tabulate the data set instead of encoding it, into out/
-bench = False               # measure instead: pictures a second from their files against those of the encoder alone
-seed = 1337
-device = None               # cuda, cpu, mps; None takes the best there is
-dtype = None                # bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
+seed = 1337                 # >= 0
+device: str = None          # cuda, cpu, mps; None takes the best there is
+dtype: str = None           # one of bfloat16 | float32: bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
 
 SPLITS = ("train2017", "val2017")  # every data set has these; some have test2017 too
 
@@ -93,25 +90,17 @@ def load_captions(data, split):
     Returns (images, captions): the json's "images" entries, and for each the list of its captions, in the json's order.
     Ends the run with one line if the folder or the file is not what it should be.
     """
-    from pycocotools.coco import COCO
-
     path = captions_file(data, split)
     if not os.path.isdir(data):
         die(f"data={data}: no such folder")
     if not os.path.exists(path):
         die(f"{path} is missing: {data} is not laid out as COCO 2017 is (see coco.py's docstring)")
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks while it reads
-            coco = COCO(path)
-        images = coco.dataset["images"]
-        captions = [[str(a["caption"]) for a in coco.imgToAnns[image["id"]]] for image in images]
-        names = [image["file_name"] for image in images]
-    except (KeyError, TypeError, ValueError, AssertionError) as problem:
-        die(f"{path} is not a COCO captions file, which has \"images\" (id, file_name) and \"annotations\" (image_id, caption): "
-            f"{type(problem).__name__} {problem}")
-    silent = [name for name, said in zip(names, captions) if not said]
-    if silent or not images:
-        die(f"{path}: {len(silent)} of {len(images)} images have no caption, such as {silent[:3]}")
+        images, captions = read_captions(path)
+    except ValueError as problem:
+        die(problem)
+    if not all("file_name" in image for image in images):
+        die(f"{path}: its images have no file_name")
     return images, captions
 
 
@@ -342,7 +331,7 @@ def true_captions(scene):
              for first, second, p in views for a in first for b in second] for pattern in TWO_OBJECTS]
 
 
-def share_right(images, captions):
+def fraction_right(images, captions):
     """The share of captions that are right in every word: size, colour, shape and place of every object. None without scenes."""
     if not images or "scene" not in images[0]:
         return None
@@ -569,13 +558,13 @@ def fingerprint(eye):
 
 
 @torch.no_grad()
-def encode(eye, pictures, device="cpu", autocast=contextlib.nullcontext()):
+def encode(eye, pictures, process):
     """Prepared pictures (B, ...) -> float16 tokens (B, S, W) as a numpy array."""
-    with autocast:
-        return eye(torch.stack(pictures).to(device)).to("cpu", torch.float16).numpy()
+    with process.autocast():
+        return eye(torch.stack(pictures).to(process.device)).to("cpu", torch.float16).numpy()
 
 
-def look(eye, files, todo, batch_size, device, autocast):
+def look(eye, files, todo, batch_size, process):
     """
     Encodes files[i] for i in todo, batch by batch, while all cores decode the next batch. Yields the numbers that could be read,
     their tokens (B, S, W), and {number: what is wrong with it} for the others.
@@ -589,7 +578,7 @@ def look(eye, files, todo, batch_size, device, autocast):
             batch = dict(zip(todo[start:start + batch_size], ahead))
             ahead = decode(start + batch_size)
             good = {i: pixels for i, pixels in batch.items() if torch.is_tensor(pixels)}
-            tokens = encode(eye, list(good.values()), device, autocast) if good else ()
+            tokens = encode(eye, list(good.values()), process) if good else ()
             yield list(good), tokens, {i: line for i, line in batch.items() if i not in good}
 
 
@@ -617,7 +606,7 @@ def leave_out(data, split, ids):
     print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
 
 
-def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad=False):
+def encode_split(data, split, made_by, eye, batch_size, process, skip_bad=False):
     """
     Writes features/{encoder}_{split}.npy, which is called .npy.part until it is whole, and beside it what made it (`made_by`: encoder,
     weights) and how far it is. Returns the pictures that can't be read; as long as there are any, the file is not whole.
@@ -638,14 +627,14 @@ def encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_b
     if before.get("done"):
         about, rows = before, np.lib.format.open_memmap(path + ".part", "r+")
     else:
-        blank = encode(eye, [eye.prepare(Image.new("RGB", (256, 256)))], device)
+        blank = encode(eye, [eye.prepare(Image.new("RGB", (256, 256)))], process)
         need_space(data, n * blank.nbytes, path)  # a memory map that finds the disk full kills the process
         save_about(path, about)
         rows = np.lib.format.open_memmap(path + ".part", "w+", np.float16, (n, *blank.shape[1:]))
     todo = list(range(about["done"], n)) or about["bad"]  # once all were looked at: again those that couldn't be read
     saved = time.time()
     with tqdm(total=n, initial=n - len(todo), desc=f"encoding {split}", unit=" images", mininterval=1) as bar:
-        for good, tokens, problems in look(eye, files, todo, batch_size, device, autocast):
+        for good, tokens, problems in look(eye, files, todo, batch_size, process):
             for problem in problems.values():
                 bar.write(problem)
             if good:
@@ -694,17 +683,6 @@ def regroup(data, json_path, target, encoder):
         print(f"{target} {split}: {len(images):,} pictures")
         if encoder != "none":
             copy_rows(features_file(target, encoder, split), [row_of[image["id"]] for image in images], about | identity(images))
-
-
-def measure(data, eye, batch_size, device, autocast):
-    """Prints pictures a second from their files, beside those of the encoder alone, its pixels ready in memory."""
-    images, _ = load_captions(data, "train2017")
-    files = [os.path.join(data, "train2017", images[i % len(images)]["file_name"]) for i in range(4 * batch_size)]
-    pixels = [eye.prepare(open_image(file)) for file in files[:batch_size]]
-    alone, whole = race(lambda: [encode(eye, pixels, device, autocast) for _ in range(4)],
-                        lambda: list(look(eye, files, range(len(files)), batch_size, device, autocast)))
-    print(f"{len(files) / whole:.1f} pictures/s from files, {len(files) / alone:.1f} by the encoder alone: {alone / whole:.0%} of its speed "
-          f"(batch_size={batch_size}, {device})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -773,7 +751,7 @@ def explore(data, path):
 
 
 if __name__ == "__main__":
-    show(configure(globals()))
+    print_settings(configure(globals()))
     t0 = time.time()
 
     # ---- a data set: drawn, converted, downloaded, or there already
@@ -787,7 +765,7 @@ if __name__ == "__main__":
         else:
             convert(read_entries(risc_csv or karpathy_json, pictures), data)
     elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "*2017.zip*")):  # nothing is there, or half of it
-        if eda or bench:
+        if eda:
             die(f"data={data} holds no data set to look at: `python coco.py data={data}` downloads COCO there")
         download_coco(data)
     splits = splits_of(data) or SPLITS
@@ -805,7 +783,7 @@ if __name__ == "__main__":
         for split in splits:
             load_features(data, encoder, split, len(load_captions(data, split)[0]))
     elif encoder != "none":
-        _, _, device, autocast = setup(device, dtype)
+        process = setup(device, dtype)
         os.makedirs(os.path.join(data, "features"), exist_ok=True)
         taught = os.path.join(data, "features", "tagger.pt")
         if encoder == "tagger" and not os.path.exists(taught):
@@ -813,11 +791,8 @@ if __name__ == "__main__":
         eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None)
         made_by = dict(encoder=encoder, pretrained=getattr(eye, "pretrained", None), weights=fingerprint(eye),
                        parameters=sum(p.numel() for p in eye.parameters()))
-        eye.to(device)
-        if bench:
-            measure(data, eye, batch_size, device, autocast)
-            sys.exit(0)
-        bad = [file for split in splits for file in encode_split(data, split, made_by, eye, batch_size, device, autocast, skip_bad)]
+        eye.to(process.device)
+        bad = [file for split in splits for file in encode_split(data, split, made_by, eye, batch_size, process, skip_bad)]
         if bad:
             die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. "
                 "Mend these and run the same command again, or take them out of the data set with skip_bad=True")

@@ -22,17 +22,18 @@ import functools
 import glob
 import json
 import math
+import operator
 import os
+import platform
 import re
+import shlex
 import sys
 import time
-import timeit
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
-from multiprocessing import Pool
-from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,13 +41,12 @@ import numpy as np
 # settings: `python fineweb.py name=value` overrides any of them
 
 data = "edu_fineweb10B"     # folder for the shards
-text = None                 # local .txt/.jsonl/.parquet: a file, folder or glob (several: a,b); None = download FineWeb-Edu
+text: str = None            # local .txt/.jsonl/.parquet: a file, folder or glob (several: a,b); None = download FineWeb-Edu
 tokenizer = "gpt2"          # "gpt2", a .tiktoken file, or "learn": byte pairs learned from the text itself
-vocab_size = 512            # how large a learned vocabulary may become
-shard_size = 100_000_000    # tokens in a training shard
-val_tokens = 100_000_000    # tokens in shard 0, the validation set
-max_tokens = None           # stop after so many tokens, None = all
-bench = False               # compare tokens a second with build-nanogpt's pool of processes, on 20 MB of this text, then stop
+vocab_size = 512            # >= 257: how large a learned vocabulary may become
+shard_size = 100_000_000    # >= 1: tokens in a training shard
+val_tokens = 100_000_000    # >= 1: tokens in shard 0, the validation set
+max_tokens: int = None      # >= 1: stop after so many tokens, None = all
 
 EOT = "<|endoftext|>"       # separates documents; also the captioner's first (BOS) and last (EOS) token
 # GPT-2's way to cut text into words before byte pairs are merged: no token ever spans two words
@@ -55,73 +55,185 @@ SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+
 # Nearly all documents have none, and for those this says the same:
 SPLIT_SINGLE_SPACED = r" ?\p{L}+| ?\p{N}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+|\s"
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings from the command line, for every script of the project
 
 
 def die(message):
     """Ends the run with one line for a person, and exit code 2."""
-    print(f"\nerror: {message}", file=sys.stderr, flush=True)  # the newline parts it from a progress bar that may stand there
+    # the newline ends a progress bar that may be on the screen
+    print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def configure(settings, preset={}, positional=(), argv=None):
+class Setting(NamedTuple):
+    default: object
+    kind: type          # int, float, str or bool; of a setting whose default is None, its annotation
+    accepts: str        # ">= 1", "> 0, <= 1", "one of a | b", or "": the beginning of the comment
+    comment: str
+
+
+def read_settings(source):
     """
-    Overrides the lowercase int/float/str/bool/None variables of the calling script, whose `globals()` are `settings`,
-    first from `preset` (a dict), then from the command line: `name=value` or `--name=value`; bare words fill the names in
-    `positional`, in order. Returns the final settings as a dict. Unknown names and wrong types end the run with one line.
+    The settings that the text of a script declares, as {name: Setting}: its lowercase variables at
+    module level whose value is a number, a string, True, False or None. No other variable can be
+    set from the command line.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    kinds = (bool, int, float, str, type(None))
-    defaults = {k: v for k, v in settings.items() if k.islower() and k[0] != "_" and isinstance(v, kinds)}
-    if "--help" in argv or "-h" in argv or "help" in argv:
-        print(settings["__doc__"].strip(), "\n\nsettings:")
-        source = open(settings["__file__"], encoding="utf-8").read()
-        for name, value in defaults.items():
-            comment = re.search(rf"^{name} = .*?#(.*)", source, re.M)
-            print(f"  {name + '=' + str(value):36}{comment[1] if comment else ''}")
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        try:
+            default = ast.literal_eval(node.value)
+        except ValueError:
+            continue
+        if not isinstance(target, ast.Name) or not target.id.islower():
+            continue
+        if not isinstance(default, (int, float, str, type(None))):
+            continue
+        kind = type(default)
+        if isinstance(node, ast.AnnAssign):
+            kind = {"int": int, "float": float, "str": str, "bool": bool}[node.annotation.id]
+        comment = lines[node.end_lineno - 1][node.end_col_offset:].strip(" #")
+        accepts = re.match(r"one of [\w |.-]+(?=[:;]|$)|([<>]=? [\d.e-]+(, )?)+(?=[:;]|$)", comment)
+        found[target.id] = Setting(default, kind, accepts[0] if accepts else "", comment)
+    return found
+
+
+def parse_setting(name, text, setting):
+    """The value that `name=text` stands for; ends the run if it is not what the setting accepts."""
+    default, kind, accepts, _ = setting
+    if not text or (text == "None" and kind is str):
+        die(f"{name}={text} gives no value: leave {name}= out, or say what it is to be")
+    if kind is str:
+        value = re.sub(r"(^|,)~(?=/|$)", lambda home: home[1] + os.path.expanduser("~"), text)
+        allowed = accepts.removeprefix("one of ").split(" | ")
+        if accepts and value not in allowed:
+            die(f"{name}={text}: {name} is one of {', '.join(allowed)}")
+        if name in ("data", "out_dir", "export"):
+            for path in value.split(","):
+                if os.path.lexists(path) and not os.path.isdir(path):
+                    die(f"{name}={text}: {path} is not a folder")
+        return value
+    try:  # 1e-3, 1_000, True and None are read as Python reads them
+        value = ast.literal_eval(text.title() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if value is None and default is None:
+        return None
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # max_tokens=1e9
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        what = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+        die(f"{name}={text}: {name} takes {what}" + f", such as {default}" * (default is not None))
+    compare = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+    for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", accepts):
+        if not compare[sign](value, float(bound)):
+            die(f"{name}={text}: {name} must be {accepts}")
+    return value
+
+
+def configure(module, preset=None, positional=()):
+    """
+    Sets the settings of the calling script, whose `globals()` are `module`: the defaults in its
+    text, then what `preset` returns, then the command line, `name=value` or `--name=value`. Bare
+    words fill the names in `positional`, in order.
+    preset(typed) -> {name: value}; typed is {name: value} of the command line.
+    What a setting accepts is said at the beginning of its comment: `>= 1: ...`, `one of a | b: ...`.
+    Names that no longer exist are in the script's RENAMED, {old: new}.
+    Returns all settings as a dict. A wrong name or value ends the run with one line.
+    """
+    # a terminal that lacks a letter shows "?" for it: that must not end a run
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")
+    with open(module["__file__"], encoding="utf-8") as f:
+        source = f.read()
+    settings, renamed = read_settings(source), module.get("RENAMED", {})
+    if {"--help", "-h", "help"} & {*sys.argv[1:]}:
+        print(ast.get_docstring(ast.parse(source)), "\n\nsettings:")
+        for name, setting in settings.items():
+            print(f"  {f'{name}={setting.default}':36} {setting.comment}")
         sys.exit(0)
-    settings.update(preset)
-    bare = iter(positional)
-    for arg in argv:
-        name, equals, value = arg.partition("=")
+    typed, bare = {}, iter(positional)
+    for word in sys.argv[1:]:
+        name, equals, text = word.partition("=")
         name = name.removeprefix("--")
-        if not equals:  # a bare word
-            name, value = next(bare, None), arg
+        if not equals:
+            name, text = next(bare, None), word
             if name is None:
-                die(f"'{arg}' is not a setting: write name=value, such as {next(iter(defaults))}={next(iter(defaults.values()))}")
-        if name not in defaults:
-            near = difflib.get_close_matches(name, defaults, 1, 0.0)
+                die(f"'{word}' is not a setting: write name=value (--help lists all settings)")
+        if name in renamed:
+            die(f"{name}= is now called {renamed[name]}=")
+        if name not in settings:
+            near = difflib.get_close_matches(name, settings, 1, 0.0)
             die(f"unknown setting '{name}': did you mean '{near[0]}'? (--help lists them all)")
-        default = defaults[name]
-        kind = type(settings[name] if default is None else default)
-        try:  # ast.literal_eval reads 1e-3, 1_000, True and None as Python does; what it can't read is a string
-            parsed = value if kind is str else ast.literal_eval(value.title() if value in ("true", "false") else value)
-        except (ValueError, SyntaxError):
-            parsed = value
-        if kind is float and type(parsed) is int:
-            parsed = float(parsed)
-        elif kind is not float and type(parsed) is float and parsed.is_integer():
-            parsed = int(parsed)  # max_tokens=1e9
-        if default is not None and type(parsed) is not kind:
-            die(f"{name}={value}: {name} takes {dict(int='a whole number', float='a number', bool='True or False')[kind.__name__]}, "
-                f"such as {name}={default}")
-        settings[name] = parsed
-    return {name: settings[name] for name in defaults}
+        typed[name] = parse_setting(name, text, settings[name])
+    defaults = {name: setting.default for name, setting in settings.items()}
+    final = defaults | (preset(typed) if preset else {}) | typed
+    module.update(final)
+    return final
 
 
-def show(config):
+def print_settings(config):
     """Prints the final settings as the words that would give them again."""
-    print("settings:", *(f"{name}={value}" for name, value in config.items()), flush=True)
+    words = [f"{name}={value}" for name, value in config.items() if value is not None]
+    print("settings:", shlex.join(words), flush=True)
 
 
-def race(*ways, rounds=5):
+# --------------------------------------------------------------------------------------------------
+# files
+
+
+def save_atomically(path, write):
     """
-    What bench=True measures with: the median seconds of each of some functions. They take turns, so that what else the machine
-    does befalls all of them, and a first round, which compiles and fills caches, does not count.
+    `write(file)` fills a temporary file, which is flushed to the disk and then takes its name in
+    one step: a reader never meets half a file, not even after a power cut. If the disk is full,
+    the run ends with one line, and what was at `path` before is still there.
     """
-    rows = [[timeit.timeit(way, number=1) for way in ways] for _ in range(rounds + 1)]
-    return [median(times) for times in zip(*rows[1:])]
+    try:
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as problem:  # torch.save turns an OSError into a RuntimeError
+        die(f"{path} could not be written ({str(problem).splitlines()[0]}): "
+            "make room on the disk; what was there before is unharmed")
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(path + ".tmp")
+
+
+LOCKS = {}  # {folder: open file}: a lock lasts until its process ends, however it ends
+
+
+def lock_folder(folder):
+    """Makes the folder and this process its one writer. Ends the run if another process writes."""
+    os.makedirs(folder, exist_ok=True)
+    folder = os.path.realpath(folder)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    if folder in LOCKS:
+        return
+    file = open(os.path.join(folder, ".lock"), "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        die(f"{folder} is being written by another run ({file.read().strip()}): wait for its end, "
+            "stop it, or take another folder")
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}: {shlex.join(sys.argv)}\n")
+    file.flush()
+    LOCKS[folder] = file
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,45 +462,11 @@ def tokenize(documents, encoding):
             yield from future.result()
 
 
-def tokenize_as_build_nanogpt(document):
-    """For bench=True: what each process of its pool does with a document."""
-    tokens = [get_tokenizer().eot_token]
-    tokens.extend(get_tokenizer().encode_ordinary(document))
-    tokens = np.array(tokens)
-    assert (0 <= tokens).all() and (tokens < 2**16).all()
-    return tokens.astype(np.uint16)
-
-
-def save_atomically(path, write):
-    """
-    `write(file)` fills a temporary file, which then takes its name in one step: a reader never meets half a file. A full disk ends the
-    run with one line, and what was at `path` before is still there.
-    """
-    try:
-        with open(path + ".tmp", "wb") as f:
-            write(f)
-        os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as problem:  # torch.save turns the system's error into one of its own
-        die(f"{path} could not be written ({str(problem).splitlines()[0]}): make room on the disk; what was there before is unharmed")
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(path + ".tmp")
-
-
 if __name__ == "__main__":
-    show(configure(globals()))
+    print_settings(configure(globals()))
     if max_tokens and max_tokens <= val_tokens:
         die(f"max_tokens={max_tokens:,} leaves nothing to train on: the first val_tokens={val_tokens:,} are the validation set")
     paths = text_files(text) if text else fineweb_files()
-    if bench:
-        sample = list(islice(read_documents(paths), 10_000))
-        sample *= math.ceil(20_000_000 / sum(map(len, sample)))
-        with Pool() as pool:  # as many processes as tokenize has threads; they are up before the clock runs
-            ours, pools = race(lambda: list(tokenize(sample, get_tokenizer())), lambda: list(pool.imap(tokenize_as_build_nanogpt, sample, 16)))
-        millions = sum(map(len, tokenize(sample, get_tokenizer()))) / 1e6
-        print(f"{millions / ours:.2f}M tokens/s with {os.cpu_count()} threads, {millions / pools:.2f}M with a pool of as many processes: "
-              f"{pools / ours:.2f} times as fast")
-        sys.exit(0)
     os.makedirs(data, exist_ok=True)
 
     progress_file = os.path.join(data, "progress.json")

@@ -27,9 +27,9 @@ from fineweb import configure, die, download, get_tokenizer
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python hellaswag.py name=value` overrides any of them
 
-file = "data/hellaswag_val.jsonl"   # the questions, a jsonl file: fetched if it is not there
-tokenizer = "gpt2"                  # "gpt2", or a .tiktoken file
-number = 0                          # the question to show
+file = "data/hellaswag_val.jsonl" # the questions, a jsonl file: fetched if it is not there
+tokenizer = "gpt2"          # "gpt2", or a .tiktoken file
+number = 0                  # >= 0: the question to show
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 
@@ -72,11 +72,11 @@ def show_question(question, encoding):
 
 
 @torch.no_grad()
-def predict(model, questions, read=None, device="cpu", tokens_at_once=4096):
+def predict(model, questions, prefill=None, device="cpu", tokens_at_once=4096):
     """
     Which ending the model finds likeliest, for each question: a tensor (questions, 2), by summed loss and by loss per token.
     model(idx (B, T)) -> logits (B, T, V). A model with a kv cache can save the work of reading each context four times:
-    read(contexts (B, T), room) computes them once and returns a function (rows, targets (4B, T')) -> nats (scored,) that continues every
+    prefill(contexts (B, T), room) computes them once and returns a function (rows, targets (4B, T')) -> losses (scored,) that continues every
     context with four rows, one after the other, of at most `room` tokens, and gives the loss of every target that is not -1.
     """
     # Questions whose contexts are equally long go together, so contexts need no padding; endings of like lengths need little.
@@ -89,7 +89,7 @@ def predict(model, questions, read=None, device="cpu", tokens_at_once=4096):
         group = list(group)
         while group:
             room = lengths(group[-1])[1]  # the longest ending left: batches are cut off the end
-            B = max(1, tokens_at_once // (4 * (room if read else T + room)))
+            B = max(1, tokens_at_once // (4 * (room if prefill else T + room)))
             batch, group = group[-B:], group[:-B]
             contexts = torch.tensor([questions[i][0] for i in batch])  # (B, T)
             targets = torch.full((4 * len(batch), room), -1)  # (4B, room), -1 where an ending is shorter
@@ -99,19 +99,19 @@ def predict(model, questions, read=None, device="cpu", tokens_at_once=4096):
             rows = torch.cat([contexts[:, -1:].repeat_interleave(4, 0), targets[:, :-1].clamp(min=0)], 1)  # (4B, room)
             contexts, rows, targets = contexts[:, :-1].to(device), rows.to(device), targets.to(device)
             scored = targets >= 0
-            if read:
-                nats = read(contexts, room)(rows, targets)
+            if prefill:
+                losses = prefill(contexts, room)(rows, targets)
             else:
                 logits = model(torch.cat([contexts.repeat_interleave(4, 0), rows], 1))[:, T - 1:][scored]
-                nats = F.cross_entropy(logits.float(), targets[scored], reduction="none")
+                losses = F.cross_entropy(logits.float(), targets[scored], reduction="none")
             loss = torch.zeros_like(targets, dtype=torch.float32)
-            loss[scored] = nats
+            loss[scored] = losses
             total = loss.sum(1).view(-1, 4)  # (B, 4)
             best[batch] = torch.stack([total.argmin(1), (total / scored.sum(1).view(-1, 4)).argmin(1)], 1).cpu()
     return best
 
 
-def evaluate(model, questions, read=None, device="cpu"):
+def evaluate(model, questions, prefill=None, device="cpu"):
     """
     (acc, acc_norm) of a model on the questions of `load_questions`; see `predict`. Where torch.distributed runs, each process
     answers its share and the counts are summed: all of them must call it.
@@ -119,7 +119,7 @@ def evaluate(model, questions, read=None, device="cpu"):
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = list(islice(questions, rank, None, world))
     labels = torch.tensor([label for *_, label in mine]).view(-1, 1)
-    right = (predict(model, mine, read, device) == labels).sum(0).to(device)  # (2,)
+    right = (predict(model, mine, prefill, device) == labels).sum(0).to(device)  # (2,)
     if world > 1:
         dist.all_reduce(right)
     acc, acc_norm = (right.cpu() / len(questions)).tolist()

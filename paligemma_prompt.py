@@ -56,50 +56,50 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from fineweb import configure, die, download, hub, save_atomically, show
-from train_gpt2 import (KVCache, Log, curve, decode, get_lr, load_checkpoint, make_optimizers, peak_rss, plot, pyplot, read_log,
-                        resume_optimizers, save_checkpoint, setup, start_wandb, take_step)
+from fineweb import configure, die, download, hub, save_atomically, print_settings
+from train_gpt2 import (KVCache, Log, beam_search, curve, decode, get_lr, load_checkpoint, make_optimizers, peak_rss, plot, pyplot, read_log,
+                        resume_optimizers, save_checkpoint, setup, start_wandb, optimizer_step)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image, save_json, splits_of
-from train_caption import TokenizedCaptions, beam_search, caption_split, draw_captions, gather, perplexity, run, to_text, training_batch
+from train_caption import TokenizedCaptions, caption_split, draw_captions, read_features, perplexity, run, to_text, training_batch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
 
-paligemma = None            # hub name[@revision], folder, .safetensors, big_vision's .npz; small = a random model; None = the built-in road
-tokenizer = None            # a SentencePiece file; None = tokenizer.model beside the weights
-data = None                 # folder in COCO's layout (coco.py makes one of RISC's csv, Karpathy's json); several, a,b: one a step, in turn
-out_dir = None              # where the run goes; None = out/prompt_{data}_{way to adapt}
+paligemma: str = None       # hub name[@revision], folder, .safetensors, big_vision's .npz; small = a random model; None = the built-in road
+tokenizer: str = None       # a SentencePiece file; None = tokenizer.model beside the weights
+data: str = None            # folder in COCO's layout (coco.py makes one of RISC's csv, Karpathy's json); several, a,b: one a step, in turn
+out_dir: str = None         # where the run goes; None = out/prompt_{data}_{way to adapt}
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter.safetensors, with all its settings
 eval_only = False           # evaluate, train nothing
-prompt = "hard"             # hard: words; soft: learned vectors beside them
+prompt = "hard"             # one of hard | soft: hard: words; soft: learned vectors beside them
 words = "caption en"        # the words; several, a,b,c: one a step, in turn; the first is what the model is judged with
-n_soft = 10                 # how many learned vectors
-place = "after_image"       # where they go: before_image, after_image, after_bos, before_suffix
+n_soft = 10                 # >= 1: how many learned vectors
+place = "after_image"       # one of before_image | after_image | after_bos | before_suffix: where they go: before_image, after_image, after_bos, before_suffix
 order = "image,bos,prompt"  # the other pieces of the prefix, in any order
-train = "none"              # of Gemma: none; attention, its matrices; lora; all, and SigLIP too
-lora_rank = 8               # of the two thin matrices beside each of a layer's seven
+train = "none"              # one of none | attention | lora | all: of Gemma: none; attention, its matrices; lora; all, and SigLIP too
+lora_rank = 8               # >= 1: of the two thin matrices beside each of a layer's seven
 stack = False               # build the model: SigLIP, a fresh and trained projector, Gemma
-siglip = None               # for stack: where SigLIP comes from
-gemma = None                # for stack: where Gemma and its tokenizer come from
+siglip: str = None          # for stack: where SigLIP comes from
+gemma: str = None           # for stack: where Gemma and its tokenizer come from
 compare = False             # zero-shot, attention, soft at each place, LoRA at equal steps: a table and a plot
 memory = False              # only report what one step of each way takes at full size
-beam = 1                    # captions by beam search among so many, 1 = greedy
-image = None                # caption these pictures (a,b,...) with init_from's adapter, the newest by default
-batch_size = 8              # pictures a step; each with one of its captions, drawn anew each epoch
-max_length = 64             # longest caption, in tokens; the rest is cut, counted and said
-optimizer = None            # adamw, muon, sgd; None = adamw, but for train=attention sgd (as Google's notebook): it spares two fp32 copies
-learning_rate = None        # the peak; None = RATES below
-min_lr = 0.0                # where the cosine ends
-warmup_steps = 10
-max_steps = 500
-grad_clip = 1.0
-eval_interval = 100         # steps between looks at held-out pictures, each followed by a checkpoint
-log_interval = 20           # steps between printed lines
-recompute = None            # for the backward pass keep each layer's input only and compute the rest again; None = above 1e9 parameters
-seed = 1337
-device = None               # cuda, cpu, mps; None takes the best there is
-dtype = None                # of what is frozen: bfloat16 or float32; None = bfloat16 on CUDA. What is trained is float32
+beam = 1                    # >= 1: captions by beam search among so many, 1 = greedy
+image: str = None           # caption these pictures (a,b,...) with init_from's adapter, the newest by default
+batch_size = 8              # >= 1: pictures a step; each with one of its captions, drawn anew each epoch
+max_length = 64             # >= 1: longest caption, in tokens; the rest is cut, counted and said
+optimizer: str = None       # one of adamw | muon | sgd: adamw, muon, sgd; None = adamw, but for train=attention sgd (as Google's notebook): it spares two fp32 copies
+learning_rate: float = None # > 0: the peak; None = RATES below
+min_lr = 0.0                # >= 0: where the cosine ends
+warmup_steps = 10           # >= 0
+max_steps = 500             # >= 1
+grad_clip = 1.0             # >= 0
+eval_interval = 100         # >= 1: steps between looks at held-out pictures, each followed by a checkpoint
+log_interval = 20           # >= 1: steps between printed lines
+recompute: bool = None      # for the backward pass keep each layer's input only and compute the rest again; None = above 1e9 parameters
+seed = 1337                 # >= 0
+device: str = None          # cuda, cpu, mps; None takes the best there is
+dtype: str = None           # one of bfloat16 | float32: of what is frozen: bfloat16 or float32; None = bfloat16 on CUDA. What is trained is float32
 wandb_log = False           # mirror the log to Weights & Biases
 
 PLACES = ("before_image", "after_image", "after_bos", "before_suffix")
@@ -204,12 +204,12 @@ class GemmaLayer(nn.Module):
         if c.gemma2:
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
 
-    def attend(self, x, seen, cache, layer):
-        c, a, start = self.c, self.self_attn, cache.seen if cache else 0
+    def attend(self, x, seen, kv_cache, layer):
+        c, a, start = self.c, self.self_attn, kv_cache.pos if kv_cache else 0
         q, k, v = (matrix(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))
         q, k = rotate(q, start, c.rope_theta), rotate(k, start, c.rope_theta)  # (B, H, T, E), (B, G, T, E)
-        if cache:
-            k, v = cache.add(layer, k, v)  # (B, G, S, E)
+        if kv_cache:
+            k, v = kv_cache.update(layer, k, v)  # (B, G, S, E)
         k, v = (t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2) for t in (k, v))  # (B, H, S, E)
         if c.attn_softcap:  # fused attention knows no cap
             score = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))  # (B, H, T, S)
@@ -223,8 +223,8 @@ class GemmaLayer(nn.Module):
     def feed(self, x):
         return self.mlp.down_proj(F.gelu(self.mlp.gate_proj(x), approximate="tanh") * self.mlp.up_proj(x))
 
-    def forward(self, x, seen=None, cache=None, layer=None):
-        h = self.attend(self.input_layernorm(x), seen, cache, layer)
+    def forward(self, x, seen=None, kv_cache=None, layer=None):
+        h = self.attend(self.input_layernorm(x), seen, kv_cache, layer)
         if self.c.gemma2:
             x = x + self.post_attention_layernorm(h)
             return x + self.post_feedforward_layernorm(self.feed(self.pre_feedforward_layernorm(x)))
@@ -244,7 +244,7 @@ class Gemma(nn.Module):
     def embed(self, idx):
         return self.embed_tokens(idx) * self.c.n_embd ** 0.5
 
-    def forward(self, x, P, cache=None):
+    def forward(self, x, P, kv_cache=None):
         """Embeddings (B, T, D) -> hidden states (B, T, D). The first P see each other; the rest is seen only by what comes after it."""
         T, seen = x.shape[1], None
         if T > P:
@@ -254,9 +254,9 @@ class Gemma(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, seen, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, seen, cache, i)
-        if cache:
-            cache.seen += T
+                x = layer(x, seen, kv_cache, i)
+        if kv_cache:
+            kv_cache.pos += T
         return x
 
     def head(self, x):
@@ -281,7 +281,7 @@ class PaliGemma(nn.Module):
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, siglip=None):
         """
-        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors with a config.json, or big_vision's .npz.
+        `name`: on the hub (image_idx/model or image_idx/model@revision), a folder or file of safetensors with a config.json, or big_vision's .npz.
         With `siglip`, the tower is that checkpoint's, Gemma is `name`'s, and the projector between them is random. All of it is frozen.
         Tensors go from the file to their place one by one: beside the model, host memory holds only the one in hand.
         """
@@ -351,7 +351,7 @@ def locate(name):
     if os.path.exists(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
-        die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
+        die(f"{name}: no such file or folder, and not a name on the hub (image_idx/model)")
     folder, (repo, _, revision) = os.path.join("pretrained", name.replace("/", "_")), name.partition("@")
     print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set HF_TOKEN to a token of yours", flush=True)
     tree = download(f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json"))
@@ -539,14 +539,14 @@ class Prompted(nn.Module):
         pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.look(pixels), soft=self.soft)
         return torch.cat([pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
 
-    def forward(self, idx, pixels, targets, owner=None):
+    def forward(self, idx, pixels, targets, image_idx=None):
         """
         The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is what stands before each: first the end of
         the prefix, whatever idx says, then words. Padding comes last, where no word sees it, and all prefixes are of one length: one mask
-        serves all rows. owner (B,): which of the pictures each row is about; None = row i about picture i.
+        serves all rows. image_idx (B,): which of the pictures each row is about; None = row i about picture i.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
-        prefix = prefix if owner is None else prefix[owner]
+        prefix = prefix if image_idx is None else prefix[image_idx]
         P = prefix.shape[1]
         x = language(torch.cat([prefix, language.embed(idx[:, 1:])], 1), P)[:, P - 1:]  # (B, T, D)
 
@@ -563,15 +563,15 @@ class Prompted(nn.Module):
         language, c = self.model.language_model, self.model.config
         prefix = self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
         keys = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)  # G key heads, not H
-        cache = KVCache(keys, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
+        kv_cache = KVCache(keys, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
 
         def step(new):  # the first call, with a dummy for a token, reads the prefix
-            x = language.embed(new) if cache.seen else prefix
-            return language.head(language(x, x.shape[1], cache)[:, -1:])
+            x = language.embed(new) if kv_cache.pos else prefix
+            return language.head(language(x, x.shape[1], kv_cache)[:, -1:])
 
         start = torch.zeros(len(prefix), 1, dtype=torch.long, device=pixels.device)
         if beam > 1:
-            return beam_search(step, cache, start, beam, max_new_tokens, stop)[:, 0]
+            return beam_search(step, kv_cache, start, beam, max_new_tokens, stop)[:, 0]
         return decode(step, start, max_new_tokens, 0.0, stop=stop)[:, 1:]
 
 
@@ -713,7 +713,9 @@ def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, 
         with nullcontext() if real else LiveBytes() as live:
             for _ in range(2):  # from the second on, Adam's moments are there, and all weights were met
                 asked(idx, pixels, idx).backward()
-                take_step(asked, optimizers, 1e-3, 1.0)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
     return (torch.cuda.max_memory_allocated() if real else live.peak) / 2**30
 
 
@@ -836,7 +838,7 @@ if __name__ == "__main__":
         saved, preset = load_adapter(init_from)
     elif not (paligemma or stack or memory):
         preset = BUILTIN
-    config = configure(globals(), preset | dict(init_from=init_from))
+    config = configure(globals(), lambda typed: preset | dict(init_from=init_from))
     for name, allowed in dict(prompt=("hard", "soft"), train=("none", "attention", "lora", "all"), place=PLACES).items():
         if config[name] not in allowed:
             die(f"{name}={config[name]}: {', '.join(allowed)}")
@@ -846,11 +848,12 @@ if __name__ == "__main__":
         die("stack=True needs siglip= and gemma=, the checkpoints to build from")
     if not (data or image or memory):
         die("data= is missing: a folder in COCO's layout")
-    me = setup(device, dtype)
-    if me.world > 1:
+    process = setup(device, dtype)
+    if process.world_size > 1:
         die("what is trained here is small: run it as one process, without torchrun")
-    frozen = torch.float32 if isinstance(me.autocast, nullcontext) else torch.bfloat16
-    device, me = me.device, me._replace(autocast=nullcontext())  # our layers know themselves what is in which precision
+    frozen = process.dtype
+    device = process.device
+    process = process._replace(dtype=torch.float32)  # no autocast: each layer knows its own dtype
     data_name, t_start = os.path.basename(os.path.normpath(data or "zero-shot")), time.time()
 
     if memory:
@@ -881,7 +884,7 @@ if __name__ == "__main__":
     out_dir = out_dir or f"out/prompt_{data_name}_{kind}" + (f"_{place}" if prompt == "soft" else "")
     os.makedirs(out_dir, exist_ok=True)
     if not image:
-        show(config | dict(out_dir=out_dir))
+        print_settings(config | dict(out_dir=out_dir))
     torch.manual_seed(seed)
     source, folders = gemma if stack else paligemma, (data or "").split(",")
     way = dict(prompt=prompt, n_soft=n_soft, place=place, order=order, train=train, lora_rank=lora_rank, stack=stack)
@@ -957,7 +960,7 @@ if __name__ == "__main__":
         row = dict(step=step)
         if step % eval_interval == 0 or step >= max_steps:
             asked.ask(prompts[0])
-            row["perplexity"] = perplexity(asked, glanced, glance, me, batch_size=4 * batch_size)
+            row["perplexity"] = perplexity(asked, glanced, glance, process, batch_size=4 * batch_size)
             print(f"step {step:5d}/{max_steps} | perplexity of {len(glanced)} held-out captions {row['perplexity']:.3f}", flush=True)
             if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
                 tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
@@ -972,10 +975,10 @@ if __name__ == "__main__":
         asked.ask(prompts[step % len(prompts)])
         which, chosen = training_batch(step, batch_size, said, seed)
         idx, targets = said.batch(chosen, device)
-        loss = asked(idx, gather(seen, which, device), targets) / (targets >= 0).sum()
+        loss = asked(idx, read_features(seen, which, device), targets) / (targets >= 0).sum()
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
-        norm = float(take_step(asked, optimizers, lr, grad_clip))
+        norm = optimizer_step(asked, optimizers, lr, grad_clip, step)
         row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=(time.time() - t1) * 1000)
         log.add(**row)
         if wandb:
@@ -988,9 +991,9 @@ if __name__ == "__main__":
     log.add(**row)
 
     # ---- judged on the whole split
-    said = caption_split(asked, pictures, enc, max_length, me, beam, batch_size=4 * batch_size)
+    said = caption_split(asked, pictures, enc, max_length, process, beam, batch_size=4 * batch_size)
     scores, _ = score(said, references)
-    right, wrong = (perplexity(asked, pictures, captions, me, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
+    right, wrong = (perplexity(asked, pictures, captions, process, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
     ms = [r["ms"] for r in log.rows if r.get("ms")]
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
     results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms or 0)) / 1000,

@@ -4,22 +4,28 @@
 Equality with what others trust (transformers, pycocoevalcap), with ourselves done the plain way (no cache, one process, an
 uninterrupted run), and the rules of the house. What needs real data runs where ../shared/data exists, and is skipped elsewhere.
 """
+import concurrent.futures
 import functools
 import http.server
 import importlib.util
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
 import random
+import resource
 import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import timeit
 import zipfile
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
@@ -28,6 +34,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import cider
@@ -44,7 +51,7 @@ from train_gpt2 import GPT, GPTConfig, Process
 REPO = os.path.dirname(os.path.abspath(__file__))
 SHARED = os.path.join(REPO, "..", "shared", "data")
 needs_shared = pytest.mark.skipif(not os.path.isdir(SHARED), reason="needs ../shared/data")
-ALONE = Process(0, 1, "cpu", nullcontext())
+ALONE = Process(0, 1, "cpu", torch.float32)
 
 
 def run(command, cwd, ok=True, launcher=(), env={}):
@@ -114,35 +121,86 @@ def log_column(path, column):
 # ---- settings, downloads, tokens (fineweb.py)
 
 
-def test_race_takes_turns():
-    ran = []
-    medians = fineweb.race(lambda: ran.append("a"), lambda: ran.append("b"), rounds=2)
-    assert "".join(ran) == "ababab" and len(medians) == 2  # the first round does not count
+SETTINGS = """
+steps = 10                  # >= 1: of training
+rate = 0.1                  # > 0, <= 2: how fast
+name = "a"
+kind = "x"                  # one of x | y-z: which
+flag = False
+limit: int = None           # >= 3: None = no limit
+text: str = None
+out_dir = "out"
+Upper, _private = 1, 2
+pair = (1, 2)
+twice = 2 * steps
+RENAMED = dict(old="steps")
+
+if __name__ == "__main__":
+    helper = 5
+"""
 
 
-def configured(argv, **kw):
-    settings = dict(__doc__="doc", steps=10, rate=0.1, name="a", flag=False, anything=None, Upper=1, _private=2)
-    return fineweb.configure(settings, argv=argv, **kw), settings
+@pytest.fixture
+def configured(tmp_path, monkeypatch):
+    """configured(words) -> the settings of a script that is called with these words."""
+    (tmp_path / "script.py").write_text(SETTINGS)
+    module = runpy.run_path(str(tmp_path / "script.py"))
+    monkeypatch.chdir(tmp_path)
+
+    def configure(*words, **kw):
+        monkeypatch.setattr(sys, "argv", ["script.py", *words])
+        return fineweb.configure(module | dict(__file__=str(tmp_path / "script.py")), **kw)
+
+    return configure
 
 
-def test_configure_takes_types_as_python_writes_them():
-    final, settings = configured(["steps=1_000", "--rate=1", "name=b=c", "flag=True", "anything=3"])
-    assert final == dict(steps=1000, rate=1.0, name="b=c", flag=True, anything=3)
-    assert type(settings["rate"]) is float and settings["Upper"] == 1
+def test_configure_takes_types_as_python_writes_them(configured):
+    assert list(configured()) == "steps rate name kind flag limit text out_dir".split()
+    words = ["steps=1e3", "--rate=1", "name=b=c", "kind=y-z", "flag=true", "limit=1_000", "text=1e3"]
+    final = configured(*words)
+    assert final == dict(steps=1000, rate=1.0, name="b=c", kind="y-z", flag=True, limit=1000, text="1e3", out_dir="out")
+    assert type(final["rate"]) is float and type(final["steps"]) is int
+    assert configured("limit=None")["limit"] is None
 
 
-def test_configure_argv_beats_preset_and_bare_words_fill_positions():
-    assert configured(["steps=3"], preset=dict(steps=2, name="p"))[0]["steps"] == 3
-    assert configured(["x.json"], positional=("name",))[0]["name"] == "x.json"
+def test_configure_argv_beats_preset_and_bare_words_fill_positions(configured):
+    def preset(typed):
+        return dict(steps=2, name=f"{len(typed)} typed")
+
+    assert configured("steps=3", preset=preset) == configured() | dict(steps=3, name="1 typed")
+    assert configured("x.json", positional=("name",))["name"] == "x.json"
 
 
-@pytest.mark.parametrize("word, hint", [("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"), ("flag=1", "True or False"),
-                                        ("rate=fast", "a number"), ("hello", "name=value")])
-def test_configure_names_what_is_wrong(word, hint, capsys):
+@pytest.mark.parametrize("word, hint", [
+    ("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"), ("steps=0", "steps must be >= 1"),
+    ("flag=1", "True or False"), ("flag=no", "True or False"), ("rate=fast", "a number"), ("rate=nan", "a number"), ("rate=1e999", "a number"),
+    ("rate=0", "must be > 0, <= 2"), ("rate=2.1", "must be > 0, <= 2"), ("limit=2", "must be >= 3"), ("limit=300M", "whole number"),
+    ("kind=z", "one of x, y-z"), ("hello", "name=value"), ("text=", "gives no value"), ("name=", "gives no value"), ("text=None", "gives no value"),
+    ("old=3", "now called steps="), ("twice=3", "unknown setting"), ("helper=3", "unknown setting"), ("Upper=3", "unknown setting"),
+    ("out_dir=script.py", "not a folder"), ("steps=", "gives no value")])
+def test_configure_names_what_is_wrong(word, hint, capsys, configured):
     with pytest.raises(SystemExit) as stop:
-        configured([word])
+        configured(word)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and hint in said and said.strip().count("\n") == 0
+
+
+def test_configure_expands_the_home_folder(configured, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configured("text=~/a,b~c,~/d")["text"] == "/home/me/a,b~c,/home/me/d"
+
+
+def test_help_needs_no_docstrings_in_memory(tmp_path):
+    done = subprocess.run([sys.executable, "-OO", os.path.join(REPO, "fineweb.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "shard_size=100000000" in done.stdout and "first stage" in done.stdout
+
+
+def test_one_process_writes_a_folder(tmp_path):
+    fineweb.lock_folder(str(tmp_path / "new"))
+    fineweb.lock_folder(str(tmp_path / "new"))  # the process that holds it may ask again
+    code = f"import sys; sys.path.insert(0, {REPO!r}); import fineweb; fineweb.lock_folder('new')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and f"another run (process {os.getpid()}" in done.stderr
 
 
 def test_help_lists_settings_with_their_comments(tmp_path):
@@ -335,10 +393,10 @@ def test_hellaswag_in_batches_equals_one_row_at_a_time():
                 logp = gpt(idx).log_softmax(-1)[0, len(context) - 1:-1]
             losses.append(-logp.gather(1, torch.tensor(ending)[:, None]).sum().item())
         one_by_one.append([int(np.argmin(losses)), int(np.argmin([loss / len(ending) for loss, ending in zip(losses, endings)]))])
-    for read in (None, gpt.reader()):
+    for read in (None, gpt.prefill):
         assert hellaswag.predict(gpt, questions, read, tokens_at_once=200).tolist() == one_by_one
     labels = np.array([[label] for *_, label in questions])
-    assert hellaswag.evaluate(gpt, questions, gpt.reader()) == pytest.approx((np.array(one_by_one) == labels).mean(0), abs=1e-6)
+    assert hellaswag.evaluate(gpt, questions, gpt.prefill) == pytest.approx((np.array(one_by_one) == labels).mean(0), abs=1e-6)
 
 
 QUESTION = dict(ctx="the cat sat on", label=1, endings=["a dog", "the mat", "2 birds , a cat and a dog", "the dog's mat"])
@@ -412,7 +470,7 @@ def test_cached_logits_in_chunks_equal_whole():
     gpt, idx = small_gpt(), torch.randint(0, 101, (2, 30))
     cache = train_gpt2.KVCache(gpt.config, 2, 30, idx.new_empty(0, dtype=torch.float32))
     with torch.no_grad():
-        chunks = torch.cat([gpt(part, cache=cache) for part in idx.split([7, 1, 12, 10], 1)], 1)
+        chunks = torch.cat([gpt(part, kv_cache=cache) for part in idx.split([7, 1, 12, 10], 1)], 1)
         torch.testing.assert_close(chunks, gpt(idx), atol=1e-4, rtol=1e-4)
 
 
@@ -427,12 +485,12 @@ def test_loss_in_chunks_equals_cross_entropy(train_head):  # 1,300 positions are
     torch.manual_seed(0)
     x, weight, targets, share = torch.randn(1300, 16), torch.randn(128, 16), torch.randint(0, 101, (1300,)), torch.rand(1300) / 1300
     ours, theirs = ((x.clone().requires_grad_(), weight.clone().requires_grad_(train_head)) for _ in range(2))
-    loss, each = train_gpt2.HeadLoss.apply(*ours, targets, share, 101, True)
+    loss, each = train_gpt2.FusedLinearCrossEntropy.apply(*ours, targets, share, 101, True)
     plain_each = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets, reduction="none")
     (3 * loss).backward()
     (3 * plain_each * share).sum().backward()
     torch.testing.assert_close(loss, (plain_each * share).sum(), atol=1e-5, rtol=0)
-    for nats in (each, train_gpt2.HeadLoss.apply(x, weight, targets, share, 101, False)[1]):
+    for nats in (each, train_gpt2.FusedLinearCrossEntropy.apply(x, weight, targets, share, 101, False)[1]):
         torch.testing.assert_close(nats, plain_each, atol=1e-5, rtol=0)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
@@ -597,7 +655,7 @@ def test_gpt_exam_samples_and_export(road, tmp_path):
         torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("words, hint", [("total_batch_size=500", "not a multiple"), ("data=nowhere", "no val shards"), ("schedule=linear", "cosine or wsd"),
+@pytest.mark.parametrize("words, hint", [("total_batch_size=500", "not a multiple"), ("data=nowhere", "no val shards"), ("schedule=linear", "one of cosine, wsd"),
                                          ("device=gpu", "device=gpu"), ("wandb_log=True", "pip install wandb"), ("init_from=gpt/ckpt.pt data=other", "another tokenizer")])
 def test_gpt_bad_input(road, words, hint):
     if not (road / "other").exists():  # the same shards, as if of GPT-2's own tokens
@@ -605,11 +663,6 @@ def test_gpt_bad_input(road, words, hint):
     if "wandb" in words and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     assert hint in run(f"{GPT_RUN} out_dir=bad {words}", road, ok=False)
-
-
-def test_gpt_bench(road):
-    said = run("train_gpt2.py bench=True n_layer=1 n_head=2 n_embd=32 block_size=64 batch_size=2 total_batch_size=128 max_new_tokens=8 device=cpu", road)
-    assert "training, ours" in said and "HellaSwag questions" in said
 
 
 def test_gpt_learns(road):
@@ -788,7 +841,7 @@ def test_cider_command_line(tmp_path):
     for bad, argv, words in ((results[:1], both, "2 images of captions.json have no caption"),
                              (results + [dict(image_id=9, caption="a")], both, "image_id 9"),
                              (results + results[2:], both, "more than one caption"),
-                             ([dict(image_id=0, caption=3)], both, "not a COCO results file"),
+                             ([dict(image_id=0, caption=3)], both, "is 3, not text"),
                              ([], ["results.json"], "give a results file"), ([], ["none.json", both[1]], "none.json"),
                              ([], ["results.json", "captions.json", "out=no/s.json"], "no/s.json")):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
@@ -836,8 +889,8 @@ def test_scene_captions_are_five_true_and_different_ones(road):
     for image, said in zip(images, captions):
         patterns = coco.true_captions(image["scene"])
         assert len(said) == 5 and len({next(k for k, p in enumerate(patterns) if s in p) for s in said}) == 5
-    assert coco.share_right(images, [said[0] for said in captions]) == 1
-    assert coco.share_right(images, [said[0] for said in captions[1:] + captions[:1]]) < 0.2
+    assert coco.fraction_right(images, [said[0] for said in captions]) == 1
+    assert coco.fraction_right(images, [said[0] for said in captions[1:] + captions[:1]]) < 0.2
 
 
 def test_scene_is_drawn_where_and_as_its_caption_says():
@@ -872,7 +925,7 @@ def test_features_row_i_is_image_i(road):
     features, about = coco.load_features(str(road / "shapes"), "patches", "val2017", len(images))
     eye = coco.Patches()
     for i in (0, len(images) - 1):
-        one = coco.encode(eye, [eye.prepare(coco.open_image(str(road / "shapes/val2017" / images[i]["file_name"])))])
+        one = coco.encode(eye, [eye.prepare(coco.open_image(str(road / "shapes/val2017" / images[i]["file_name"])))], ALONE)
         assert np.array_equal(features[i], one[0])
     assert about["encoder"] == "patches" and features.dtype == np.float16
 
@@ -884,7 +937,7 @@ def test_tagger_learns_what_captions_speak_of(road, tmp_path):
     losses = coco.teach_tagger(str(tmp_path), steps=30, seed=0, B=16)
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
     eye = coco.load_encoder("tagger", tagger=train_gpt2.load_checkpoint(str(tmp_path / "features/tagger.pt")))
-    assert coco.encode(eye, [eye.prepare(Image.new("RGB", (300, 200)))]).shape == (1, 64, 128)
+    assert coco.encode(eye, [eye.prepare(Image.new("RGB", (300, 200)))], ALONE).shape == (1, 64, 128)
 
 
 def test_open_clip_tokens_equal_transformers(tmp_path):
@@ -954,7 +1007,7 @@ class Seen(coco.Patches):
 
 
 def encode_val(data, eye=None, weights="w", **kw):
-    return coco.encode_split(str(data), "val2017", dict(encoder="patches", weights=weights), eye or Seen(), 2, "cpu", nullcontext(), **kw)
+    return coco.encode_split(str(data), "val2017", dict(encoder="patches", weights=weights), eye or Seen(), 2, ALONE, **kw)
 
 
 @pytest.fixture
@@ -989,8 +1042,8 @@ def test_interrupted_encoding_goes_on_to_the_same_bytes(drawn, monkeypatch, caps
 
 
 def test_killed_encoding_goes_on_to_the_same_bytes(drawn):
-    slow = ("import sys, time, coco\nfrom contextlib import nullcontext\nclass Slow(coco.Patches):\n    def forward(self, x):\n        time.sleep(0.3)\n"
-            "        return super().forward(x)\ncoco.encode_split(sys.argv[1], 'train2017', dict(encoder='patches', weights='w'), Slow(), 4, 'cpu', nullcontext())")
+    slow = ("import sys, time, coco, torch\nfrom train_gpt2 import Process\nALONE = Process(0, 1, 'cpu', torch.float32)\nclass Slow(coco.Patches):\n    def forward(self, x):\n        time.sleep(0.3)\n"
+            "        return super().forward(x)\ncoco.encode_split(sys.argv[1], 'train2017', dict(encoder='patches', weights='w'), Slow(), 4, ALONE)")
     about = drawn / "features/patches_train2017.json"
     process = subprocess.Popen([sys.executable, "-c", slow, str(drawn)], cwd=REPO, stderr=subprocess.DEVNULL)
     for _ in range(600):
@@ -1005,7 +1058,7 @@ def test_killed_encoding_goes_on_to_the_same_bytes(drawn):
         if fresh:
             shutil.rmtree(drawn / "features")
             os.mkdir(drawn / "features")
-        coco.encode_split(str(drawn), "train2017", dict(encoder="patches", weights="w"), coco.Patches(), 4, "cpu", nullcontext())
+        coco.encode_split(str(drawn), "train2017", dict(encoder="patches", weights="w"), coco.Patches(), 4, ALONE)
         parts.append((drawn / "features/patches_train2017.npy").read_bytes())
     assert parts[0] == parts[1]
 
@@ -1070,7 +1123,7 @@ def test_karpathys_split_moves_the_features_along(drawn, capsys):
         image["file_name"] = "v" + image["file_name"]
     (drawn / "annotations/captions_val2017.json").write_text(json.dumps(val))
     for split in coco.SPLITS:
-        coco.encode_split(data, split, dict(encoder="patches", weights="w"), coco.Patches(), 16, "cpu", nullcontext())
+        coco.encode_split(data, split, dict(encoder="patches", weights="w"), coco.Patches(), 16, ALONE)
     was = {image["id"]: (said, row) for split in coco.SPLITS for image, said, row in zip(*coco.load_captions(data, split), np.load(drawn / f"features/patches_{split}.npy"))}
     entries = [dict(cocoid=number, filename="", split=("train", "val", "test", "restval")[number % 4], sentences=[]) for number in was]
     (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries)))
@@ -1083,7 +1136,7 @@ def test_karpathys_split_moves_the_features_along(drawn, capsys):
             assert image["id"] % 4 in rests and said == was[image["id"]][0] and np.array_equal(row, was[image["id"]][1])
             seen.add(image["id"])
         eye = Seen()
-        coco.encode_split(target, split, dict(encoder="patches", weights="w"), eye, 16, "cpu", nullcontext())
+        coco.encode_split(target, split, dict(encoder="patches", weights="w"), eye, 16, ALONE)
         assert eye.seen == 0  # known as those of this json
     assert seen == set(was)
     (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries[1:])))
@@ -1273,7 +1326,7 @@ def test_frozen_matrices_in_bfloat16_change_nothing_for_autocast():
     embedding.data = embedding.bfloat16().float()  # read as it is, not only multiplied: this one is rounded
     with torch.no_grad(), autocast:
         before = model.write(idx, model.look(features))
-        model.place(Process(0, 1, "cpu", autocast))
+        model.place(Process(0, 1, "cpu", torch.bfloat16))
         assert torch.equal(model.write(idx, model.look(features)), before)
     assert model.gpt.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16 and model.project[0].weight.dtype == torch.float32
 
@@ -1301,8 +1354,8 @@ def test_scst_follows_the_gradient_of_expected_cider():
         model.generate = lambda *args, **kw: torch.tensor([captions[one], captions[two]])
         *batch, mean = train_caption.self_critical(model, features, references, df, tokenizer, max_length=2, samples=2)
         assert mean == pytest.approx((rewards[one] + rewards[two]).item() / 2) and batch[-1].sum().abs() < 1e-6
-        idx, said, owner, weight = batch
-        for total, g in zip(ours, torch.autograd.grad(model(idx, features, said, owner, weight) / 2, parameters)):
+        idx, said, image_idx, weight = batch
+        for total, g in zip(ours, torch.autograd.grad(model(idx, features, said, image_idx, weight) / 2, parameters)):
             total -= (p[one] * p[two]).item() * g
     for mine, g in zip(ours, exact):
         assert g.abs().max() > 1e-3
@@ -1480,7 +1533,7 @@ def test_all_variants_share_one_table(road):
 
 
 @pytest.mark.parametrize("command, hint", [
-    ("train_caption.py every=0", "1 or more"),
+    ("train_caption.py every=0", "must be >= 1"),
     ("train_caption.py data=shapes eval_only=True", "init_from=resume"),
     ("train_caption.py data=shapes gpt=out/caption_whole/ckpt.pt encoder=patches", "not a checkpoint of train_gpt2.py"),
     ("train_caption.py image=shapes/val2017/000001.jpg out_dir=gpt", "not a checkpoint of train_caption.py"),
@@ -1958,12 +2011,12 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command, hint", [
     ("place=on_top", "before_image, after_image, after_bos, before_suffix"),
-    ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "1 or more"),
+    ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "must be >= 1"),
     ("paligemma=base/adapter.safetensors data=aerial order=image,bos", "each once"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=toy.model", "don't belong together"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=newline.model", "must be one token"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=nothing.model", "nothing.model is not a SentencePiece model"),
-    ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption without a word, such as 000001.jpg"),
+    ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption of image 1 is"),
     ("paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors", "soft is (10, 64) instead of (10, 128)"),
     ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "not an adapter"),
     ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
@@ -1991,3 +2044,301 @@ def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monk
     said = capsys.readouterr().err
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and hint in errors[0], said
+
+
+# --------------------------------------------------------------------------------------------------
+# Benchmarks: `python test_all.py bench=gpt2`. Each runs beside a baseline in the same process, in
+# turns, and prints medians: what else the machine does slows both.
+
+
+def median_seconds(*functions, rounds=5):
+    """The median seconds of each function. A first round, which fills caches, does not count."""
+    rows = []
+    for _ in range(rounds + 1):
+        rows.append([timeit.timeit(function, number=1) for function in functions])
+    return np.median(rows[1:], axis=0).tolist()
+
+
+def test_median_seconds_takes_turns():
+    ran = []
+    medians = median_seconds(lambda: ran.append("a"), lambda: ran.append("b"), rounds=2)
+    assert "".join(ran) == "ababab" and len(medians) == 2
+
+
+def peak_memory(function):
+    """Bytes at the peak of a second call (in the first, the optimizer's averages are made)."""
+    function()
+    if not torch.cuda.is_available():
+        function()
+        return train_gpt2.peak_rss()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated()
+
+
+def bench_gpt2(process):
+    """A training step of GPT-2 beside the same step of transformers' GPT2LMHeadModel."""
+    coco.mend_torchvision()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    B, T, cuda = batch_size, block_size, "cuda" in process.device
+    config = GPTConfig(block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    rows = torch.randint(config.vocab_size, (B, T + 1), device=process.device)
+
+    def train_step_of(model, loss_of):
+        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-5, 0.1)
+
+        def step():
+            with process.autocast():
+                loss = loss_of(rows[:, :-1], rows[:, 1:])
+            loss.backward()
+            return train_gpt2.optimizer_step(model, optimizers, 1e-5, 1.0, 0)
+
+        return step
+
+    ours = GPT(config).to(process.device)
+    theirs = GPT2LMHeadModel(GPT2Config(
+        n_positions=T, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(process.device)
+    run_ours, run_theirs = ours, theirs
+    if cuda:
+        run_ours, run_theirs = torch.compile(ours), torch.compile(theirs)
+    steps = {"here": train_step_of(ours, run_ours),
+             "transformers": train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)}
+    memory = {name: peak_memory(step) if cuda else math.nan for name, step in steps.items()}
+    seconds = median_seconds(*steps.values())
+    for name, each in zip(steps, seconds):
+        speed = B * T / each
+        print(f"{name:13} {speed:12,.0f} tokens/s{train_gpt2.flops_share(ours, T, speed)} | "
+              f"{memory[name] / 1e9:.2f} GB | here is {each / seconds[0]:.2f} times as fast")
+
+
+def bench_generate(process):
+    """Generation with a KV cache beside computing every token anew, in two ways."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model = model.to(process.device).eval()
+    start = torch.randint(50257, (1, 8), device=process.device)
+    n_new = block_size - 8
+
+    @torch.no_grad()
+    def recompute(logits_of):
+        idx = start
+        for _ in range(n_new):
+            idx = torch.cat([idx, logits_of(idx)[:, -1:].argmax(-1)], 1)
+        return idx.tolist()
+
+    def last_logits(idx):
+        return model.head(model.hidden(idx)[:, -1:])
+
+    with process.autocast():
+        cached, all_positions, last_position = median_seconds(
+            lambda: model.generate(start, n_new, temperature=0).tolist(),
+            lambda: recompute(model), lambda: recompute(last_logits), rounds=3)
+    print(f"{n_new} tokens: {cached:.3f} s | {all_positions / cached:.1f} times as fast as "
+          f"recomputing all logits, {last_position / cached:.1f} as the last position's only")
+
+
+def bench_hellaswag(process):
+    """64 HellaSwag questions in batches beside one question at a time."""
+    model = GPT(GPTConfig(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    model = model.to(process.device).eval()
+    rng = np.random.default_rng(0)
+
+    def made(length):
+        return rng.integers(50257, size=min(length, block_size // 2)).tolist()
+
+    # of HellaSwag's 10,042 questions, about 80 share each length of context; here 32 do
+    questions = [(made(40 + 30 * (n % 2)), [made(rng.integers(8, 36)) for _ in range(4)], 0)
+                 for n in range(64)]
+    with process.autocast():
+        fast, slow = median_seconds(
+            lambda: hellaswag.predict(model, questions, model.prefill, process.device),
+            lambda: hellaswag.predict(model, questions, None, process.device, tokens_at_once=1),
+            rounds=3)
+    print(f"64 questions: {fast:.3f} s | {slow / fast:.1f} times as fast as one at a time")
+
+
+def tokenize_as_build_nanogpt(document):
+    """What each process of build-nanogpt's pool does with a document."""
+    tokens = [fineweb.get_tokenizer().eot_token]
+    tokens.extend(fineweb.get_tokenizer().encode_ordinary(document))
+    tokens = np.array(tokens)
+    assert (0 <= tokens).all() and (tokens < 2**16).all()
+    return tokens.astype(np.uint16)
+
+
+def bench_tokenize(process):
+    """fineweb.py's tokens a second beside a pool of processes, on 20 MB of the text in text=."""
+    documents = list(itertools.islice(fineweb.read_documents(fineweb.text_files(text)), 10_000))
+    documents *= math.ceil(20_000_000 / sum(map(len, documents)))
+    encoding = fineweb.get_tokenizer()
+    with multiprocessing.Pool() as pool:
+        ours, theirs = median_seconds(
+            lambda: list(fineweb.tokenize(documents, encoding)),
+            lambda: list(pool.imap(tokenize_as_build_nanogpt, documents, 16)))
+    millions = sum(map(len, fineweb.tokenize(documents, encoding))) / 1e6
+    print(f"{millions / ours:.2f}M tokens/s with {os.cpu_count()} threads, {millions / theirs:.2f}M "
+          f"with as many processes: {theirs / ours:.2f} times as fast")
+
+
+def measure_metrics(ours):
+    """
+    Seconds from captions to scores and from tokens to scores (medians), and peak MB, of cider.py or
+    of pycocoevalcap, on made captions. It runs alone in a process, for the memory.
+    """
+    at_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rng = np.random.default_rng(0)
+    syllables = str.maketrans(dict(zip("0123456789", "ba de fi go hu ka le mi po ru".split())))
+
+    def make():  # a caption for each image, whose words are as frequent as in English (Zipf)
+        ranks = np.exp(rng.uniform(0, 8.5, (images, 14))).astype(int).tolist()
+        rows = [row[:rng.integers(8, 15)] for row in ranks]
+        return [" ".join(map(str, row)).translate(syllables).capitalize() + "." for row in rows]
+
+    candidates, *references = [make() for _ in range(6)]
+    candidate_tokens, *reference_tokens = [cider.tokenize(c) for c in (candidates, *references)]
+    references, reference_tokens = list(zip(*references)), list(zip(*reference_tokens))
+
+    def score_captions():
+        cider.evaluate(candidates, references)
+
+    def score_tokens():
+        cider.evaluate(candidate_tokens, reference_tokens, tokenized=True)
+
+    def score_tokens_with_pycocoevalcap():
+        for metric in (Bleu(4), Cider(), Rouge()):
+            metric.compute_score(gts_tokens, res_tokens)
+
+    def score_captions_with_pycocoevalcap():
+        PTBTokenizer().tokenize(gts)
+        PTBTokenizer().tokenize(res)
+        score_tokens_with_pycocoevalcap()
+
+    ways = score_captions, score_tokens
+    if not ours:
+        from pycocoevalcap.eval import Bleu, Cider, PTBTokenizer, Rouge
+        for stream in 1, 2:  # it prints much
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        gts = {i: [dict(caption=c) for c in row] for i, row in enumerate(references)}
+        res = {i: [dict(caption=c)] for i, c in enumerate(candidates)}
+        gts_tokens = {i: [" ".join(c) for c in row] for i, row in enumerate(reference_tokens)}
+        res_tokens = {i: [" ".join(c)] for i, c in enumerate(candidate_tokens)}
+        ways = score_captions_with_pycocoevalcap, score_tokens_with_pycocoevalcap
+    seconds = median_seconds(*ways, rounds=5 if ours else 3)
+    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - at_start
+    java = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return *seconds, max(here, java) / 1024
+
+
+def bench_cider(process):
+    """cider.py beside pycocoevalcap with its Java, on made captions, five references an image."""
+    rows = []
+    for ours in True, False:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, context, configure_bench) as pool:
+            rows.append(pool.submit(measure_metrics, ours).result())
+        captions, tokens, memory = rows[-1]
+        print(f"{'cider.py' if ours else 'pycocoevalcap'}: {captions:.2f} s from captions, "
+              f"{tokens:.2f} s from tokens, {memory:,.0f} MB", flush=True)
+    captions, tokens, memory = np.divide(rows[1], rows[0])
+    print(f"{images:,} images: {captions:.1f} times as fast, {tokens:.1f} from tokens, "
+          f"1/{memory:.1f} of the memory")
+
+
+def bench_encode(process):
+    """Pictures a second from their files beside the encoder alone, on the pictures of data=."""
+    encoder = coco.load_encoder("ViT-B-32", "none").to(process.device)
+    entries, _ = coco.load_captions(data, "train2017")
+    names = [entries[i % len(entries)]["file_name"] for i in range(4 * batch_size)]
+    files = [os.path.join(data, "train2017", name) for name in names]
+    pixels = [encoder.prepare(coco.open_image(file)) for file in files[:batch_size]]
+    alone, whole = median_seconds(
+        lambda: [coco.encode(encoder, pixels, process) for _ in range(4)],
+        lambda: list(coco.look(encoder, files, range(len(files)), batch_size, process)))
+    print(f"{len(files) / whole:.1f} pictures/s from files, {len(files) / alone:.1f} by the encoder "
+          f"alone: {alone / whole:.0%} of its speed")
+
+
+def bench_caption(process):
+    """
+    Training and greedy captioning at true size (GPT-2 124M, 50 image tokens x 768, all random)
+    beside the obvious way to write them: a .pt file for each picture, fp32, logits of every
+    position, and no cache, so that every word computes the words before it anew.
+    """
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
+    B, bos, n_words, device = batch_size, 50256, 16, process.device
+    features, folder = torch.randn(B, 50, 768), tempfile.TemporaryDirectory()
+    np.save(f"{folder.name}/features.npy", features.half().numpy())
+    mapped = np.load(f"{folder.name}/features.npy", mmap_mode="r")
+    for i in range(B):
+        torch.save(features[i].clone(), f"{folder.name}/{i}.pt")
+    lengths = (11.5 + 2.5 * torch.randn(B, 1)).round().clip(8, 30).to(device)  # as COCO's captions
+    idx = torch.randint(0, bos, (B, int(lengths.max())), device=device)
+    targets = idx.masked_fill(torch.arange(idx.shape[1], device=device) >= lengths, -100)
+    plain = Captioner(GPT(GPTConfig()), "xattn", 1, width=768).to(device)
+    adamw = [torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)]
+    ours = Captioner(GPT(GPTConfig()), "xattn", 1, width=768).place(process)
+    optimizers = train_gpt2.make_optimizers(ours, "adamw", 1e-4, 0.1)
+
+    def load():
+        rows = [torch.load(f"{folder.name}/{i}.pt") for i in range(B)]
+        return torch.stack(rows).to(device)
+
+    def train_plainly():
+        logits = plain.write(idx, plain.look(load()))
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        train_gpt2.optimizer_step(plain, adamw, 1e-4, 1.0, 0)
+
+    def train():
+        with process.autocast():
+            batch = train_caption.read_features(mapped, np.arange(B), device)
+            loss = ours(idx, batch, targets) / (targets >= 0).sum()
+        loss.backward()
+        train_gpt2.optimizer_step(ours, optimizers, 1e-4, 1.0, 0)
+
+    @torch.no_grad()
+    def caption_plainly():
+        loaded, tokens = load(), torch.full((B, 1), bos, device=device)
+        for _ in range(n_words):
+            logits = plain.write(tokens, plain.look(loaded))
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+        return tokens.tolist()
+
+    def caption():
+        with process.autocast():
+            batch = train_caption.read_features(mapped, np.arange(B), device)
+            return ours.generate(batch, bos, n_words).tolist()
+
+    for name, baseline, here in (("training", train_plainly, train),
+                                 ("greedy captioning", caption_plainly, caption)):
+        slow, fast = median_seconds(baseline, here, rounds=3)
+        print(f"{name:18} {B / slow:8.2f} images/s plainly, {B / fast:8.2f} here: "
+              f"{slow / fast:.1f} times as fast", flush=True)
+
+
+# settings of the benchmarks
+bench = "gpt2"              # one of gpt2 | generate | hellaswag | tokenize | cider | encode | caption
+n_layer = 12                # >= 1: of GPT-2; 124M parameters
+n_head = 12                 # >= 1
+n_embd = 768                # >= 1
+block_size = 1024           # >= 16: tokens of a sequence
+batch_size = 16             # >= 1: sequences or pictures at once
+images = 5000               # >= 1: bench=cider: so many made images
+text = "text.txt"           # bench=tokenize: a text file
+data = "data/coco2017"      # bench=encode: a folder in COCO's layout
+device: str = None          # cuda, cpu, mps; None takes the best there is
+dtype: str = None           # one of bfloat16 | float32
+
+
+def configure_bench():
+    fineweb.configure(globals())
+
+
+if __name__ == "__main__":
+    configure_bench()
+    process = train_gpt2.setup(device, dtype)
+    print(f"bench={bench} on {process.device}, {torch.get_num_threads()} CPU threads, "
+          f"{process.dtype}", flush=True)
+    globals()[f"bench_{bench}"](process)

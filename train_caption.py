@@ -7,7 +7,6 @@ The captioner: a frozen GPT, a frozen eye, and the one thing that is trained, th
     python train_caption.py data=data/coco2017 gpt=gpt2       # COCO on one GPU, once `python coco.py` has encoded it
     torchrun --standalone --nproc_per_node=8 train_caption.py data=data/coco2017 gpt=out/gpt2/ckpt.pt
     python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 min_lr=1e-5 max_steps=924   # on, for CIDEr
-    python train_caption.py bench=True dtype=bfloat16         # how much faster than the plain way
 
 Three bridges:
   xattn    before every `every`-th block of the GPT, a gated cross-attention block lets each word look at the picture (Flamingo,
@@ -42,53 +41,52 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import configure, die, download, get_tokenizer, race, show
-from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, curve, decode, get_lr, leave, load_checkpoint, load_weights, make_optimizers,
-                        name_changes, one_first, plot, pyplot, read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
-                        stop_signals, sum_over, take_step)
+from fineweb import configure, die, download, get_tokenizer, print_settings
+from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, beam_search, curve, decode, get_lr, finish, load_checkpoint, load_weights, make_optimizers,
+                        warn_changed, local_main_process_first, plot, pyplot, read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
+                        stop_signals, all_reduce_sum, optimizer_step)
 from cider import document_frequencies, evaluate as score, tokenize
-from coco import encode, fingerprint, load_captions, load_encoder, load_features, open_image, save_json, share_right, splits_of
+from coco import encode, fingerprint, load_captions, load_encoder, load_features, open_image, save_json, fraction_right, splits_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_caption.py name=value` overrides any of them
 
-data = None                 # a folder in COCO's layout; None = data/coco2017 if it is there, else the built-in scenes
-out_dir = None              # where the run goes; None = out/caption_{data}_{fusion}
+data: str = None            # a folder in COCO's layout; None = data/coco2017 if it is there, else the built-in scenes
+out_dir: str = None         # where the run goes; None = out/caption_{data}_{fusion}
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | another run (its folder or ckpt.pt): starts from its bridge, with its settings
 eval_only = False           # with init_from=resume: evaluate and draw, train nothing
 gpt = "gpt2"                # the frozen writer: gpt2, gpt2-medium, ... | a folder, .safetensors or ckpt.pt
 encoder = "ViT-B-32"        # the frozen eye, whose features coco.py wrote
 split = "val2017"           # held-out pictures; test2017 for data sets that have one, such as COCO in Karpathy's splits
-fusion = "xattn"            # xattn, linear, qformer; all = train every variant and compare
-every = 1                   # xattn: a gated block before every so-manieth block of the GPT
-n_query = 32                # qformer: how many learned queries
-dropout = 0.1               # xattn, qformer: on what the bridge makes of the picture
+fusion = "xattn"            # one of xattn | linear | qformer | all: xattn, linear, qformer; all = train every variant and compare
+every = 1                   # >= 1: xattn: a gated block before every so-manieth block of the GPT
+n_query = 32                # >= 1: qformer: how many learned queries
+dropout = 0.1               # >= 0, < 1: xattn, qformer: on what the bridge makes of the picture
 shuffle = False             # give every picture another one's features: what a captioner scores that can't see
-batch_size = 128            # pictures a step, over all processes; each with one of its captions, drawn anew each epoch
-max_length = 40             # longest caption, in tokens; the rest is cut, counted and said
-optimizer = "adamw"         # adamw, or muon for the bridge's matrices
-learning_rate = 2e-4        # the peak
-min_lr = 1e-4               # where the cosine ends
-warmup_steps = 0
-max_steps = 7_392           # 8 epochs of 118,287 pictures
-weight_decay = 0.1
-beta2 = 0.95                # AdamW's second; the first is 0.9
-grad_clip = 1.0
+batch_size = 128            # >= 1: pictures a step, over all processes; each with one of its captions, drawn anew each epoch
+max_length = 40             # >= 1: longest caption, in tokens; the rest is cut, counted and said
+optimizer = "adamw"         # one of adamw | muon: adamw, or muon for the bridge's matrices
+learning_rate = 2e-4        # > 0: the peak
+min_lr = 1e-4               # >= 0: where the cosine ends
+warmup_steps = 0            # >= 0
+max_steps = 7_392           # >= 1: 8 epochs of 118,287 pictures
+weight_decay = 0.1          # >= 0
+beta2 = 0.95                # >= 0, < 1: AdamW's second; the first is 0.9
+grad_clip = 1.0             # >= 0
 scst = False                # train on CIDEr itself, from a bridge that init_from= names
-samples = 5                 # scst: captions drawn for each picture, which compete
-eval_interval = 924         # steps between evaluations, each followed by a checkpoint: an epoch
-log_interval = 20           # steps between printed lines
+samples = 5                 # >= 2: scst: captions drawn for each picture, which compete
+eval_interval = 924         # >= 1: steps between evaluations, each followed by a checkpoint: an epoch
+log_interval = 20           # >= 1: steps between printed lines
 single_reference = False    # score by the published table's protocol as well
-beam = 1                    # final captions and image=: beam search among so many, 1 = greedy
-image = None                # caption pictures, folders, globs, URLs (a,b,...) with out_dir's checkpoint (None: the newest) and train nothing
-num = 1                     # image=: captions a picture
-temperature = 1.0           # image=: 0 takes the likeliest word each time
-top_k = 10                  # image=: choose among so many words
-bench = False               # measure training and captioning against the plain way, at true size
-seed = 1337
-device = None               # cuda, cpu, mps; None takes the best there is
-dtype = None                # bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
-compile = None              # torch.compile the training step; None = on CUDA
+beam = 1                    # >= 1: final captions and image=: beam search among so many, 1 = greedy
+image: str = None           # caption pictures, folders, globs, URLs (a,b,...) with out_dir's checkpoint (None: the newest) and train nothing
+num = 1                     # >= 1: image=: captions a picture
+temperature = 1.0           # >= 0: image=: 0 takes the likeliest word each time
+top_k = 10                  # >= 1: image=: choose among so many words
+seed = 1337                 # >= 0
+device: str = None          # cuda, cpu, mps; None takes the best there is
+dtype: str = None           # one of bfloat16 | float32: bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
+compile: bool = None        # torch.compile the training step; None = on CUDA
 wandb_log = False           # mirror the log to Weights & Biases
 
 # The published prefix runs had a recipe of their own, one epoch long: fusion=linear and fusion=qformer take it where the command line is silent.
@@ -103,7 +101,7 @@ SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder=
 VARIANTS = (("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1))  # what fusion=all compares: (fusion, every)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the bridges. B pictures, S tokens each, W wide as the encoder made them; R rows of words about them, T long, each row with an `owner`, its
+# the bridges. B pictures, S tokens each, W wide as the encoder made them; R rows of words about them, T long, each row with an `image_idx`, its
 # picture; C = n_embd, H = n_head, D = C / H; P prefix tokens; V = vocab_size
 
 
@@ -174,60 +172,60 @@ class Captioner(nn.Module):
             self.project = nn.Linear(width, C) if fusion == "linear" else QFormer(width, C, n_query, dropout)
             self.gated = nn.ModuleDict()
 
-    def place(self, me):
+    def place(self, process):
         """
         Moves to the device. Where matmuls run in bfloat16, the frozen matrices are kept in it: autocast remembers its copies of trained
         weights only, and would make those of the frozen ones anew for every batch and every word.
         """
-        if isinstance(me.autocast, torch.autocast):
+        if process.dtype == torch.bfloat16:
             for name, p in self.gpt.named_parameters():
                 if p.dim() == 2 and not name.endswith("wpe.weight"):
                     p.data = p.data.bfloat16()
-        return self.to(me.device)
+        return self.to(process.device)
 
-    def look(self, features, owner=None):
+    def look(self, features, image_idx=None):
         """
-        Features (B, S, W) -> what the GPT gets of them: keys and values for each gated block, or a prefix (R, P, C). owner (R,): which
+        Features (B, S, W) -> what the GPT gets of them: keys and values for each gated block, or a prefix (R, P, C). image_idx (R,): which
         of the pictures each row of words is about; None = row i about picture i.
         """
         picture = self.project(features)
-        rows = slice(None) if owner is None else owner
+        rows = slice(None) if image_idx is None else image_idx
         if not self.gated:
             return picture[rows]
         return {layer: block.look(picture)[:, rows] for layer, block in self.gated.items()}
 
-    def hidden(self, idx, sight=None, cache=None, weights=None):
+    def hidden(self, idx, sight=None, kv_cache=None, weights=None):
         """Tokens idx (R, T), the next after those in the cache, and `look(features)` -> (R, T, C), of which `gpt.head` makes logits."""
         P = sight.shape[1] if torch.is_tensor(sight) else 0
-        seen = cache.seen if cache else 0
+        seen = kv_cache.pos if kv_cache else 0
         x = self.gpt.embed(idx, max(0, seen - P))  # the prefix has no positions of its own: the first word is at 0, as the GPT is used to
         if P and not seen:
             x = torch.cat([sight.to(x.dtype), x], 1)  # (R, P+T, C)
         for layer, block in enumerate(self.gpt.transformer.h):
             if sight is not None and str(layer) in self.gated:
                 x = self.gated[str(layer)](x, sight[str(layer)], weights)
-            x = block(x, cache, layer)
-        if cache:
-            cache.seen += x.shape[1]
+            x = block(x, kv_cache, layer)
+        if kv_cache:
+            kv_cache.pos += x.shape[1]
         return x[:, -idx.shape[1]:]  # words only: nothing is predicted from the prefix but the first word, from BOS
 
-    def write(self, idx, sight=None, cache=None):
+    def write(self, idx, sight=None, kv_cache=None):
         """The logits (R, T, V) of `hidden`."""
-        return self.gpt.head(self.hidden(idx, sight, cache))
+        return self.gpt.head(self.hidden(idx, sight, kv_cache))
 
-    def forward(self, idx, features, targets, owner=None, weight=None):
+    def forward(self, idx, features, targets, image_idx=None, weight=None):
         """
         The summed cross-entropy of targets (R, T), in nats; -100 marks padding. features=None leaves the GPT without a picture.
         weight (R,): how much each row counts, which scst sets.
         """
-        sight = None if features is None else self.look(features, owner)
+        sight = None if features is None else self.look(features, image_idx)
         return self.loss(self.hidden(idx, sight), targets, weight)
 
     @torch.compiler.disable  # no two batches have equally many words: compiled, it would be compiled again and again
     def loss(self, x, targets, weight):
         real = targets >= 0
         share = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[:, None].expand_as(targets)  # (R, T)
-        return self.gpt.nats(x[real], targets[real], share[real])[0]
+        return self.gpt.cross_entropy(x[real], targets[real], share[real])[0]
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
@@ -238,40 +236,12 @@ class Captioner(nn.Module):
         B, copies = len(features), max(num, beam)
         sight = self.look(features, torch.arange(B, device=features.device).repeat_interleave(copies))
         P = sight.shape[1] if torch.is_tensor(sight) else 0
-        cache = KVCache(self.gpt.config, B * copies, P + 1 + max_new_tokens, self.gpt.lm_head.weight)
+        kv_cache = KVCache(self.gpt.config, B * copies, P + 1 + max_new_tokens, self.gpt.lm_head.weight)
         start = torch.full((B * copies, 1), bos, device=features.device)
-        step = functools.partial(self.write, sight=sight, cache=cache)
+        step = functools.partial(self.write, sight=sight, kv_cache=kv_cache)
         if beam > 1:
-            return beam_search(step, cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
+            return beam_search(step, kv_cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
         return decode(step, start, max_new_tokens, temperature, top_k, bos)[:, 1:]
-
-
-@torch.no_grad()
-def beam_search(step, cache, start, beam, max_new_tokens, stop):
-    """
-    Grows start (B * beam, 1), `beam` rows for each of B captions, like `decode`, but keeps the `beam` best beginnings of each. Returns
-    them, best first: (B, beam, up to max_new_tokens). Best has the highest mean log-probability a token, EOS counted: of sums, the
-    shortest would win. What has ended keeps its place for as long as it is among the best.
-    """
-    first = torch.arange(0, len(start), beam, device=start.device)[:, None]  # (B, 1) the first row of each caption
-    idx, length = start, start.new_zeros(len(start))
-    done = torch.zeros_like(length, dtype=torch.bool)
-    total = torch.full(done.shape, -math.inf, device=start.device)  # log-probability of each row
-    total[first] = 0.0  # all rows of a caption begin alike: one of them is enough
-    for _ in range(max_new_tokens):
-        logp = step(idx[:, -1:])[:, -1].float().log_softmax(-1)  # (B * beam, V)
-        logp[done] = -math.inf
-        logp[done, stop] = 0.0  # the one way to go on from an end, which costs nothing
-        total, length = total[:, None] + logp, length + ~done
-        best = (total / length[:, None]).view(len(first), -1).topk(beam).indices  # (B, beam), each a row of the caption * V + a token
-        parent = (first + best // logp.shape[1]).flatten()
-        token = (best % logp.shape[1]).flatten()
-        idx = torch.cat([idx[parent], token[:, None]], 1)
-        total, length, done = total[parent, token], length[parent], done[parent] | (token == stop)
-        cache.kv[..., :cache.seen, :] = cache.kv[:, :, parent, :, :cache.seen]  # each row takes over its parent's keys and values
-        if done.all():
-            break
-    return idx[:, 1:].view(len(first), beam, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,7 +292,7 @@ def reseed(seed, step, rank=0):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def gather(features, numbers, device):
+def read_features(features, numbers, device):
     """The features of some pictures, by number: (B, S, W) in fp32, on the device."""
     rows = features[numbers] if torch.is_tensor(features) else torch.from_numpy(features[numbers])
     return rows.to(device, torch.float32)
@@ -350,7 +320,7 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     drawn from the model is E[(reward - baseline) * grad log p(caption)], for any baseline that doesn't depend on that caption; so a batch to
     train on is captions of its own, their cross-entropy weighted by reward - baseline. Rennie's baseline is the greedy caption's reward. Here
     it is the mean of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971): no further decoding, and less variance.
-    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), owner, weight (R,), mean reward; R = B * samples.
+    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), image_idx, weight (R,), mean reward; R = B * samples.
     """
     B, eot = len(features), tokenizer.eot_token
     tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); no top-k: what it cuts off has no gradient
@@ -360,9 +330,9 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     rewards = torch.from_numpy(cider).float().view(B, samples)
     others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     targets = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), -100)  # up to and with the first EOS
-    owner = torch.arange(B, device=tokens.device).repeat_interleave(samples)
+    image_idx = torch.arange(B, device=tokens.device).repeat_interleave(samples)
     weight = (rewards - others).flatten().to(tokens.device)
-    return F.pad(tokens[:, :-1], (1, 0), value=eot), targets, owner, weight, rewards.mean().item()
+    return F.pad(tokens[:, :-1], (1, 0), value=eot), targets, image_idx, weight, rewards.mean().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -370,35 +340,35 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
 
 
 @torch.no_grad()
-def perplexity(model, features, captions, me, sight="right", batch_size=32):
+def perplexity(model, features, captions, process, sight="right", batch_size=32):
     """exp of the total loss over the total tokens of all captions, given the right picture, a "wrong" one, or "none"."""
     total_loss, total_tokens = 0.0, 0
-    for start in range(me.rank * batch_size, len(features), me.world * batch_size):
+    for start in range(process.rank * batch_size, len(features), process.world_size * batch_size):
         images = np.arange(start, min(start + batch_size, len(features)))
         ends = captions.of_image[start:images[-1] + 2]
-        idx, targets = captions.batch(range(ends[0], ends[-1]), me.device)
-        owner = torch.from_numpy(np.repeat(images - start, np.diff(ends))).to(me.device)  # a picture is looked at once for all its captions
+        idx, targets = captions.batch(range(ends[0], ends[-1]), process.device)
+        image_idx = torch.from_numpy(np.repeat(images - start, np.diff(ends))).to(process.device)  # a picture is looked at once for all its captions
         if sight == "wrong":
             images = (images + len(features) // 2) % len(features)
-        seen = None if sight == "none" else gather(features, images, me.device)
-        with me.autocast:
-            total_loss += model(idx, seen, targets, owner).item()
+        seen = None if sight == "none" else read_features(features, images, process.device)
+        with process.autocast():
+            total_loss += model(idx, seen, targets, image_idx).item()
         total_tokens += (targets >= 0).sum().item()
-    total_loss, total_tokens = sum_over(me, total_loss, total_tokens)
+    total_loss, total_tokens = all_reduce_sum(process, total_loss, total_tokens)
     return math.exp(total_loss / total_tokens)
 
 
-def caption_split(model, features, tokenizer, max_length, me, beam=1, batch_size=256):
+def caption_split(model, features, tokenizer, max_length, process, beam=1, batch_size=256):
     """The caption of every picture of a split, by beam search or greedy, as strings in their order."""
     mine, batch_size = {}, max(1, batch_size // beam)
-    for start in range(me.rank * batch_size, len(features), me.world * batch_size):
+    for start in range(process.rank * batch_size, len(features), process.world_size * batch_size):
         numbers = np.arange(start, min(start + batch_size, len(features)))
-        with me.autocast:
-            tokens = model.generate(gather(features, numbers, me.device), tokenizer.eot_token, max_length, beam=beam)
+        with process.autocast():
+            tokens = model.generate(read_features(features, numbers, process.device), tokenizer.eot_token, max_length, beam=beam)
         mine |= zip(numbers.tolist(), to_text(tokens, tokenizer))
     parts = [mine]
-    if me.world > 1:
-        parts = [None] * me.world
+    if process.world_size > 1:
+        parts = [None] * process.world_size
         dist.all_gather_object(parts, mine)
     return [said for _, said in sorted(item for part in parts for item in part.items())]
 
@@ -510,7 +480,7 @@ def read_pictures(named):
             yield file, open_image(file)
 
 
-def caption_pictures(named, path, me, temperature, top_k, num, beam):
+def caption_pictures(named, path, process, temperature, top_k, num, beam):
     """Prints num captions of each picture that `named` names, and draws the first 40 beside the checkpoint, which is all that is needed."""
     checkpoint, model = load_run(path)
     was, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
@@ -519,14 +489,14 @@ def caption_pictures(named, path, me, temperature, top_k, num, beam):
     eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"])
     if fingerprint(eye) != checkpoint["weights"]:
         die(f"the weights of {was['encoder']} ({checkpoint['pretrained']}) are not those that {path} was trained with")
-    eye.to(me.device)
-    model.place(me).eval()
+    eye.to(process.device)
+    model.place(process).eval()
     pictures, drawn, titles = read_pictures(named), [], []
     while batch := list(itertools.islice(pictures, 32)):
-        features = encode(eye, [eye.prepare(picture) for _, picture in batch], me.device, me.autocast)
-        features = torch.from_numpy(features).to(me.device, torch.float32)
+        features = encode(eye, [eye.prepare(picture) for _, picture in batch], process)
+        features = torch.from_numpy(features).to(process.device, torch.float32)
         drawn += [picture for _, picture in batch[:40 - len(drawn)]]
-        with me.autocast:
+        with process.autocast():
             tokens = model.generate(features, tokenizer.eot_token, was["max_length"], temperature, top_k, num, beam)
         said = to_text(tokens, tokenizer)
         for i, (name, _) in enumerate(batch):
@@ -536,76 +506,6 @@ def caption_pictures(named, path, me, temperature, top_k, num, beam):
     target = os.path.join(os.path.dirname(path), "image.png")
     draw_captions(target, drawn, titles, columns=min(4, len(drawn)))
     print(f"drawn in {target}, by {path}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# bench=True: what the care is worth. A side road: nothing below depends on it
-
-
-def beside_the_plain_way(me, fusion, every, batch_size, compile, words=16):
-    """
-    Prints images/s of training and of greedy captioning at true size (GPT-2 124M, 50 picture tokens x 768, all random), here and in the
-    plain way to write the same: a .pt file for each picture, fp32, logits of every position, AdamW as it comes, and no cache, so that every
-    word recomputes the words before it and the picture's keys and values. Both work on the same batch; without a GPU, it is of 16.
-    """
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("highest")  # fp32 is to mean fp32
-    cuda = "cuda" in me.device
-    bos, B = 50256, batch_size if cuda else 16
-    features, temporary = torch.randn(B, 50, 768), tempfile.TemporaryDirectory()
-    folder = temporary.name
-    np.save(f"{folder}/features.npy", features.half().numpy())
-    mapped = np.load(f"{folder}/features.npy", mmap_mode="r")
-    for i in range(B):
-        torch.save(features[i].clone(), f"{folder}/{i}.pt")
-    lengths = (11.5 + 2.5 * torch.randn(B, 1)).round().clip(8, 30).to(me.device)  # tokens, as COCO's captions have
-    idx = torch.randint(0, bos, (B, int(lengths.max())), device=me.device)
-    targets = idx.masked_fill(torch.arange(idx.shape[1], device=me.device) >= lengths, -100)
-    plain = Captioner(GPT(GPTConfig()), fusion, every, width=768).to(me.device)
-    adamw = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)
-    held = torch.cuda.memory_allocated() if cuda else 0
-    ours = Captioner(GPT(GPTConfig()), fusion, every, width=768).place(me)
-    optimizers = make_optimizers(ours, "adamw", 1e-4, 0.1)
-    step_model = torch.compile(ours) if (cuda if compile is None else compile) else ours
-
-    def load():
-        return torch.stack([torch.load(f"{folder}/{i}.pt") for i in range(B)]).to(me.device)
-
-    def descend(loss, *trained):
-        loss.backward()
-        take_step(*trained, 1e-4, 1.0)
-        return loss.item()  # waits for the device
-
-    def train_plainly():
-        return descend(F.cross_entropy(plain.write(idx, plain.look(load())).flatten(0, 1), targets.flatten()), plain, [adamw])
-
-    def train():
-        with me.autocast:
-            loss = step_model(idx, gather(mapped, np.arange(B), me.device), targets) / (targets >= 0).sum()
-        return descend(loss, ours, optimizers)
-
-    @torch.no_grad()
-    def caption_plainly():
-        loaded, said = load(), torch.full((B, 1), bos, device=me.device)
-        for _ in range(words):
-            said = torch.cat([said, plain.write(said, plain.look(loaded))[:, -1:].argmax(-1)], 1)
-        return said.tolist()
-
-    def caption():
-        with me.autocast:
-            return ours.generate(gather(mapped, np.arange(B), me.device), bos, words).tolist()
-
-    kind = "bfloat16" if isinstance(me.autocast, torch.autocast) else "float32"
-    print(f"{fusion}, every {every} | batches of {B}, {words} words a caption | here in {kind} | {me.device}, {torch.get_num_threads()} CPU threads")
-    if cuda:
-        train()
-        train()  # the second time, AdamW's averages are there
-        print(f"training here takes {(torch.cuda.max_memory_allocated() - held) / 1e9:.2f} GB at most")
-    print(f"{'images/s':<18} | {'plain':>8} | {'here':>8} | times as fast", flush=True)
-    for name, ways in (("training", (train_plainly, train)), ("greedy captioning", (caption_plainly, caption))):
-        slow, fast = race(*ways, rounds=3)
-        print(f"{name:<18} | {B / slow:>8.2f} | {B / fast:>8.2f} | {slow / fast:.1f}"
-              + (f" | 8 epochs of COCO, without evaluation: {8 * 118_287 / B * fast / 3600:,.1f} hours" if name == "training" else ""), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -684,19 +584,16 @@ if __name__ == "__main__":
         die("eval_only=True evaluates a trained bridge: add init_from=resume")
     if scst and init_from == "scratch":
         die("scst=True goes on from a bridge that can speak: init_from=out/... names the run that trained it")
-    me = setup(device, dtype)
-    if fusion == "all" and (me.world > 1 or bench):
-        die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun, and without bench=True")
-    if bench:
-        beside_the_plain_way(me, fusion, every, batch_size, compile)
-        sys.exit(0)
+    process = setup(device, dtype)
+    if fusion == "all" and process.world_size > 1:
+        die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun")
     if image:
         found = [path for path in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in path]
         runs = [os.path.join(out_dir, "ckpt.pt")] if out_dir else sorted(found, key=os.path.getmtime)
         if not runs:
             die("image= needs a trained run: `python train_caption.py` trains one")
         torch.manual_seed(seed)
-        caption_pictures(str(image), runs[-1], me, temperature, top_k, num, beam)
+        caption_pictures(str(image), runs[-1], process, temperature, top_k, num, beam)
         sys.exit(0)
 
     # between the defaults and the command line stands what the run had that this one starts from, or what suits the bridge and the data
@@ -706,14 +603,14 @@ if __name__ == "__main__":
         preset = {k: v for k, v in checkpoint["settings"].items() if k in INHERITED}
     elif data is None:
         preset |= dict(data="data/coco2017") if splits_of("data/coco2017") else SHAPES_PRESET
-    config = configure(globals(), preset)
-    rank, world, device, autocast = me
+    config = configure(globals(), lambda typed: preset)
+    rank, world_size, device, _ = process
     t_start = time.time()
 
     if SHAPES_PRESET.items() <= preset.items():
         if rank == 0:
             take_the_built_in_road(config)
-        if world > 1:
+        if world_size > 1:
             dist.barrier()
     name = os.path.basename(os.path.normpath(data))
     if fusion == "all":
@@ -726,7 +623,7 @@ if __name__ == "__main__":
     out_dir = out_dir or f"out/caption_{name}_{kind}{'_shuffled' if shuffle else ''}{'_scst' if scst else ''}"
     config["out_dir"], path = out_dir, os.path.join(out_dir, "ckpt.pt")
     if rank == 0:
-        show(config)
+        print_settings(config)
         os.makedirs(out_dir, exist_ok=True)
     if init_from not in ("scratch", "resume") and os.path.realpath(out_dir) in map(os.path.realpath, (init_from, os.path.dirname(init_from))):
         die(f"this would overwrite {out_dir}, the run that it starts from: give it an out_dir= of its own")
@@ -745,7 +642,7 @@ if __name__ == "__main__":
     # ---- the GPT, and the bridge to it
     torch.manual_seed(seed)
     if init_from == "scratch":
-        with one_first(me):
+        with local_main_process_first(process):
             writer = GPT.from_pretrained(gpt)
         tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2") if gpt.endswith(".pt") else "gpt2"  # others' weights are in GPT-2's
         model = Captioner(writer, fusion, every, W, n_query, dropout)
@@ -760,7 +657,7 @@ if __name__ == "__main__":
     gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
     if gpt_config.vocab_size != tokenizer.n_vocab:
         die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our checkpoints")
-    model.place(me)
+    model.place(process)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + about.get("parameters", 0)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (0.9, beta2))
@@ -769,14 +666,14 @@ if __name__ == "__main__":
         resume_optimizers(optimizers, checkpoint, path)
         step = checkpoint["step"]
         if rank == 0:
-            name_changes(config, checkpoint, "data batch_size optimizer learning_rate min_lr warmup_steps max_steps weight_decay beta2 grad_clip "
+            warn_changed(config, checkpoint, "data batch_size optimizer learning_rate min_lr warmup_steps max_steps weight_decay beta2 grad_clip "
                                              "dropout shuffle scst samples seed dtype")
     # `step_model` is what trains; `model`, the same weights uncompiled, evaluates, writes captions and is saved
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
-    if world > 1:
+    if world_size > 1:
         step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
-    if batch_size % world:
-        die(f"batch_size={batch_size} pictures can't be shared out evenly over {world} processes")
+    if batch_size % world_size:
+        die(f"batch_size={batch_size} pictures can't be shared out evenly over {world_size} processes")
 
     # ---- captions as tokens, and for scst as words
     config["max_length"] = max_length = min(max_length, gpt_config.block_size - 1)
@@ -792,7 +689,7 @@ if __name__ == "__main__":
     gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate") for half in ("attn", "mlp") for layer, block in model.gated.items()}
     if rank == 0:
         print(f"{len(train_images):,} pictures to train on, {len(images):,} held out, {S} tokens x {W} each | "
-              f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world} process(es) on {device}", flush=True)
+              f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world_size} process(es) on {device}", flush=True)
         log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates],
                   math.inf if eval_only else step)
         wandb = start_wandb(config) if wandb_log else None
@@ -803,9 +700,9 @@ if __name__ == "__main__":
         row = dict(step=step)
         if (step % eval_interval == 0 or step >= max_steps or eval_only) and not stop:
             model.eval()
-            said = caption_split(model, val_features, tokenizer, max_length, me)
+            said = caption_split(model, val_features, tokenizer, max_length, process)
             scores, _ = score(said, references)
-            row |= dict(perplexity=perplexity(model, val_features, val_captions, me), CIDEr=scores["CIDEr"])
+            row |= dict(perplexity=perplexity(model, val_features, val_captions, process), CIDEr=scores["CIDEr"])
             if rank == 0:
                 print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | CIDEr {100 * row['CIDEr']:.1f} | "
                       f"\"{said[0]}\"", flush=True)
@@ -823,22 +720,22 @@ if __name__ == "__main__":
         reseed(seed, step, rank)
         model.train(not scst)  # with dropout, scst's log-probabilities would be of another model than the one that spoke
         chosen_images, chosen_captions = training_batch(step, batch_size, train_captions, seed)
-        mine = chosen_images[rank::world]
-        features = gather(train_features, mine, device)
+        mine = chosen_images[rank::world_size]
+        features = read_features(train_features, mine, device)
         if scst:
-            with autocast:  # one of its own: the bfloat16 weights that autocast remembers from here have no gradient
+            with process.autocast():  # one of its own: the bfloat16 weights that autocast remembers from here have no gradient
                 own_words = [train_words[i] for i in mine]
-                idx, targets, owner, weight, reward = self_critical(model, features, own_words, df, tokenizer, max_length, samples)
+                idx, targets, image_idx, weight, reward = self_critical(model, features, own_words, df, tokenizer, max_length, samples)
         else:
-            idx, targets = train_captions.batch(chosen_captions[rank::world], device)
-            owner, weight, reward = None, None, 0.0  # one caption for each picture, and all count alike
-        n_tokens, = sum_over(me, (targets >= 0).sum().item())
-        with autocast:  # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world` times
-            loss = step_model(idx, features, targets, owner, weight) * (world / n_tokens)
+            idx, targets = train_captions.batch(chosen_captions[rank::world_size], device)
+            image_idx, weight, reward = None, None, 0.0  # one caption for each picture, and all count alike
+        n_tokens, = all_reduce_sum(process, (targets >= 0).sum().item())
+        with process.autocast():  # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world_size` times
+            loss = step_model(idx, features, targets, image_idx, weight) * (world_size / n_tokens)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
-        norm = float(take_step(model, optimizers, lr, grad_clip))
-        loss, reward, stop = sum_over(me, loss.item() / world, reward / world, len(asked_to_stop))  # all processes stop after the same step
+        norm = optimizer_step(model, optimizers, lr, grad_clip, step)
+        loss, reward, stop = all_reduce_sum(process, loss.item() / world_size, reward / world_size, len(asked_to_stop))  # all processes stop after the same step
         ms = (time.time() - t1) * 1000
         if rank == 0:
             row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm, ms=ms)
@@ -857,13 +754,13 @@ if __name__ == "__main__":
     if stop:
         if rank == 0:
             print(f"stopped at step {step}; the same command with init_from=resume goes on")
-        leave(me)
-    without, wrong = (perplexity(model, val_features, val_captions, me, sight) for sight in ("none", "wrong"))
+        finish(process)
+    without, wrong = (perplexity(model, val_features, val_captions, process, sight) for sight in ("none", "wrong"))
     table = {"greedy": scores}
     if single_reference:
         table["greedy, one reference"] = published_protocol(said, references, seed)
     if beam > 1:
-        said = caption_split(model, val_features, tokenizer, max_length, me, beam)
+        said = caption_split(model, val_features, tokenizer, max_length, process, beam)
         scores, _ = score(said, references)
         table[f"beam={beam}"] = scores
     if rank == 0:
@@ -871,7 +768,7 @@ if __name__ == "__main__":
             log.add(**row)
             if wandb:
                 wandb.log(row, step=step)
-        right = share_right(images, said)
+        right = fraction_right(images, said)
         results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores,
                        perplexity_wrong_picture=wrong, perplexity_no_picture=without, right=right, step=step, scores=table, settings=config)
         save_json(os.path.join(out_dir, "results.json"), results, indent=1)
@@ -885,8 +782,8 @@ if __name__ == "__main__":
             if about.get("pretrained"):  # open_clip's towers see the middle of a picture, our own encoders the whole
                 pictures = [ImageOps.fit(picture, (224, 224)) for picture in pictures]
             if gates:
-                features = gather(val_features, np.arange(len(pictures))[:3], device)
-                with autocast:
+                features = read_features(val_features, np.arange(len(pictures))[:3], device)
+                with process.autocast():
                     draw_attention(os.path.join(out_dir, "attention.png"), model, features, pictures, tokenizer, max_length)
 
         print("\ncaptions of pictures it was not trained on, and what a person said:")
@@ -899,4 +796,4 @@ if __name__ == "__main__":
             print(f"captions entirely right    {right:.1%} of {len(images)} held-out scenes (every size, colour, shape and place)")
         print(f"look at                    {out_dir}/captions.png, curves.png" + (", attention.png" if gates else ""))
         print(f"time                       {time.time() - t_start:.0f} s")
-    leave(me)
+    finish(process)

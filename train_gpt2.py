@@ -7,7 +7,6 @@ The writer: GPT-2, and the loop that teaches it to continue text.
     python train_gpt2.py prompt="Hello, I'm a language model,"   # what the trained model in out_dir says
     python train_gpt2.py init_from=gpt2 eval_only=True           # OpenAI's weights: our validation shard, and HellaSwag
     python train_gpt2.py init_from=out/gpt2/best.pt export=mine  # a folder that `transformers` loads
-    python train_gpt2.py bench=True batch_size=64                # tokens/s, MFU and memory of these settings, on random tokens
 
 The defaults are the published recipe: 124M parameters, 524,288 tokens a step, 19,073 steps = 10B tokens of FineWeb-Edu.
 The loss starts at ln 50257 = 10.82, falls under 4 within the first thousand steps, and ends near 3.1, beside OpenAI's GPT-2.
@@ -26,9 +25,9 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice, repeat
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +38,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import hellaswag
-from fineweb import configure, die, download, get_tokenizer, hub, race, save_atomically, show, vocab_and_merges
+from fineweb import configure, die, download, get_tokenizer, hub, save_atomically, print_settings, vocab_and_merges
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any of them
@@ -48,35 +47,34 @@ data = "edu_fineweb10B"     # folder of token shards, written by fineweb.py
 out_dir = "out/gpt2"        # where checkpoint, log and plot go
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, -large, -xl | a folder, .safetensors or ckpt.pt
 eval_only = False           # evaluate what init_from names, then stop
-prompt = None               # continue this text instead of training: four times, max_new_tokens each
-export = None               # write the model for `transformers` into this folder, then stop
-bench = False               # measure these settings on random tokens, then stop
-n_layer = 12                # 12 layers, 12 heads, 768 wide: GPT-2 124M
-n_head = 12
-n_embd = 768
-block_size = 1024           # longest sequence, T
-batch_size = 8              # sequences a process works on at once, B: as many as fit
-total_batch_size = 524_288  # tokens a step, 2**19: about 0.5M as in the GPT-3 paper; gradients accumulate up to it
-optimizer = "adamw"         # adamw, or muon for the matrices inside the blocks
-learning_rate = 6e-4        # the peak
-min_lr = 6e-5               # where the schedule ends
-warmup_steps = 715          # GPT-3 warms up over 375M tokens
-max_steps = 19_073          # 10B tokens / 524,288
-schedule = "cosine"         # cosine, or wsd: constant until the last fifth, then straight down
-weight_decay = 0.1
-grad_clip = 1.0
-eval_interval = 250         # steps between evaluations, each followed by a checkpoint
-eval_tokens = 10_485_760    # validation tokens of one evaluation, at most
-exam = None                 # HellaSwag questions asked at each evaluation; None = all 10,042 on CUDA or with eval_only, else none
-exam_file = "data/hellaswag_val.jsonl"   # where they are; fetched if they are not there
-max_new_tokens = 64         # of a sample
-temperature = 1.0           # of samples; 0 = always the likeliest token
-top_k = 50                  # samples choose among so many likeliest tokens
-log_interval = 1            # steps between printed lines
-seed = 1337
-device = None               # cuda, cpu, mps; None takes the best there is
-dtype = None                # bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
-compile = None              # torch.compile the training step; None = on CUDA
+prompt: str = None          # continue this text instead of training: four times, max_new_tokens each
+export: str = None          # write the model for `transformers` into this folder, then stop
+n_layer = 12                # >= 1: 12 layers, 12 heads, 768 wide: GPT-2 124M
+n_head = 12                 # >= 1
+n_embd = 768                # >= 1
+block_size = 1024           # >= 1: longest sequence, T
+batch_size = 8              # >= 1: sequences a process works on at once, B: as many as fit
+total_batch_size = 524_288  # >= 1: tokens a step, 2**19: about 0.5M as in the GPT-3 paper; gradients accumulate up to it
+optimizer = "adamw"         # one of adamw | muon: adamw, or muon for the matrices inside the blocks
+learning_rate = 6e-4        # > 0: the peak
+min_lr = 6e-5               # >= 0: where the schedule ends
+warmup_steps = 715          # >= 0: GPT-3 warms up over 375M tokens
+max_steps = 19_073          # >= 1: 10B tokens / 524,288
+schedule = "cosine"         # one of cosine | wsd: cosine, or wsd: constant until the last fifth, then straight down
+weight_decay = 0.1          # >= 0
+grad_clip = 1.0             # >= 0
+eval_interval = 250         # >= 1: steps between evaluations, each followed by a checkpoint
+eval_tokens = 10_485_760    # >= 1: validation tokens of one evaluation, at most
+exam: int = None            # >= 0: HellaSwag questions asked at each evaluation; None = all 10,042 on CUDA or with eval_only, else none
+exam_file = "data/hellaswag_val.jsonl" # where they are; fetched if they are not there
+max_new_tokens = 64         # >= 1: of a sample
+temperature = 1.0           # >= 0: of samples; 0 = always the likeliest token
+top_k = 50                  # >= 1: samples choose among so many likeliest tokens
+log_interval = 1            # >= 1: steps between printed lines
+seed = 1337                 # >= 0
+device: str = None          # cuda, cpu, mps; None takes the best there is
+dtype: str = None           # one of bfloat16 | float32: of the matmuls; None = bfloat16 on CUDA
+compile: bool = None        # torch.compile the training step; None = on CUDA
 wandb_log = False           # mirror the log to Weights & Biases
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,17 +101,21 @@ class KVCache:
     def __init__(self, config, B, length, like):
         D = config.n_embd // config.n_head
         self.kv = like.new_empty(config.n_layer, 2, B, config.n_head, length, D, dtype=matmul_dtype(like))
-        self.seen = 0  # tokens whose keys and values are in; GPT.hidden moves it once all blocks have added theirs
+        # the position of the next token; GPT.hidden moves it once all blocks have added theirs
+        self.pos = 0
 
-    def add(self, layer, k, v):
+    def update(self, layer, k, v):
         """k, v: (B, H, T, D) of the new tokens. Returns those of all tokens, (B, H, S, D)."""
-        S = self.seen + k.shape[2]
-        self.kv[layer, 0, :, :, self.seen:S] = k
-        self.kv[layer, 1, :, :, self.seen:S] = v
+        S = self.pos + k.shape[2]
+        self.kv[layer, 0, :, :, self.pos:S] = k
+        self.kv[layer, 1, :, :, self.pos:S] = v
         return self.kv[layer, 0, :, :, :S], self.kv[layer, 1, :, :, :S]
 
-    def pick(self, rows):
-        """Goes on with these rows of the batch, a long tensor; a row may be picked several times, to be continued in several ways."""
+    def reorder(self, rows):
+        """
+        Row i of the batch becomes what rows[i] was (rows: a long tensor of any length). A row that
+        is named several times can be continued in several ways.
+        """
         self.kv = self.kv[:, :, rows]
 
 
@@ -125,12 +127,12 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # q, k and v in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, cache=None, layer=None):
+    def forward(self, x, kv_cache=None, layer=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        past = cache.seen if cache else 0
-        if cache:
-            k, v = cache.add(layer, k, v)  # (B, H, S, D), S = past + T
+        past = kv_cache.pos if kv_cache else 0
+        if kv_cache:
+            k, v = kv_cache.update(layer, k, v)  # (B, H, S, D), S = past + T
         # the t-th new token sits at position past + t and may look at itself and everything before; is_causal would align t with 0
         seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
         y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=past == 0)
@@ -157,12 +159,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config.n_embd)
 
-    def forward(self, x, cache=None, layer=None):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, kv_cache=None, layer=None):
+        x = x + self.attn(self.ln_1(x), kv_cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
-class HeadLoss(torch.autograd.Function):
+class FusedLinearCrossEntropy(torch.autograd.Function):
     """
     The cross-entropy of the logits x W^T, without ever holding them all: 64 sequences of 1,024 tokens have 13 GB of fp32
     logits, and as much again of gradients. So it takes a few thousand positions at a time and, while their logits are there,
@@ -240,45 +242,53 @@ class GPT(nn.Module):
         """(B, T, C) -> logits (B, T, V). The padding of the vocabulary is cut off: it must not enter a softmax."""
         return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
 
-    def nats(self, x, targets, share=None):
+    def cross_entropy(self, x, targets, share=None):
         """(N, C), targets (N,) -> their cross-entropy in nats: its sum weighted by `share` (N,), None = the mean; and each one's."""
         share = torch.full_like(targets, 1 / len(targets), dtype=torch.float32) if share is None else share
-        return HeadLoss.apply(self.transformer.ln_f(x), self.lm_head.weight, targets, share, self.config.vocab_size, torch.is_grad_enabled())
+        return FusedLinearCrossEntropy.apply(self.transformer.ln_f(x), self.lm_head.weight, targets, share, self.config.vocab_size, torch.is_grad_enabled())
 
-    def hidden(self, idx, cache=None):
+    def hidden(self, idx, kv_cache=None):
         """idx (B, T) -> (B, T, C), what the head turns into logits."""
-        x = self.embed(idx, cache.seen if cache else 0)
+        x = self.embed(idx, kv_cache.pos if kv_cache else 0)
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
-        if cache:
-            cache.seen += idx.shape[1]
+            x = block(x, kv_cache, layer)
+        if kv_cache:
+            kv_cache.pos += idx.shape[1]
         return x
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, kv_cache=None):
         """idx (B, T) -> logits (B, T, V), or, given targets (B, T), their mean cross-entropy in nats a token."""
-        x = self.hidden(idx, cache)
+        x = self.hidden(idx, kv_cache)
         if targets is None:
             return self.head(x)
-        return self.nats(x.flatten(0, 1), targets.flatten())[0]
+        return self.cross_entropy(x.flatten(0, 1), targets.flatten())[0]
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, seed=None):
         """Continues each row of idx (B, T) by up to max_new_tokens tokens; the same `seed`, the same tokens; see `decode`."""
-        cache = KVCache(self.config, len(idx), idx.shape[1] + max_new_tokens - 1, self.lm_head.weight)  # the last token is never read
+        kv_cache = KVCache(self.config, len(idx), idx.shape[1] + max_new_tokens - 1, self.lm_head.weight)  # the last token is never read
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         # where the prompt is long, only its last position needs logits
-        return decode(lambda new: self.head(self.hidden(new, cache)[:, -1:]), idx, max_new_tokens, temperature, top_k, stop, generator)
+        return decode(lambda new: self.head(self.hidden(new, kv_cache)[:, -1:]), idx, max_new_tokens, temperature, top_k, stop, generator)
 
-    def reader(self):
-        """How `hellaswag.predict` reads a context once and continues it four times."""
-        def read(contexts, room):
-            cache = KVCache(self.config, len(contexts), contexts.shape[1] + room, self.lm_head.weight)
-            if contexts.shape[1]:
-                self.hidden(contexts, cache)
-            cache.pick(torch.arange(len(contexts), device=contexts.device).repeat_interleave(4))
+    def prefill(self, contexts, room):
+        """
+        Computes contexts (B, T) once, for `hellaswag.predict`. Returns a function that continues
+        each of them with four rows: (rows, targets (4B, up to room)) -> the loss of every target
+        that is not -1, (n,).
+        """
+        B, T = contexts.shape
+        kv_cache = KVCache(self.config, B, T + room, self.lm_head.weight)
+        if T:
+            self.hidden(contexts, kv_cache)
+        kv_cache.reorder(torch.arange(B, device=contexts.device).repeat_interleave(4))
 
-            return lambda rows, targets: self.nats(self.hidden(rows, cache)[targets >= 0], targets[targets >= 0])[1]
-        return read
+        def token_losses(rows, targets):
+            is_target = targets >= 0
+            x = self.hidden(rows, kv_cache)
+            return self.cross_entropy(x[is_target], targets[is_target])[1]
+
+        return token_losses
 
     @classmethod
     def from_pretrained(cls, name):
@@ -372,6 +382,34 @@ def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, ge
     return idx
 
 
+@torch.no_grad()
+def beam_search(step, kv_cache, start, beam, max_new_tokens, stop):
+    """
+    Grows start (B * beam, 1), `beam` rows for each of B captions, like `decode`, but keeps the `beam` best beginnings of each. Returns
+    them, best first: (B, beam, up to max_new_tokens). Best has the highest mean log-probability a token, EOS counted: of sums, the
+    shortest would win. What has ended keeps its place for as long as it is among the best.
+    """
+    first = torch.arange(0, len(start), beam, device=start.device)[:, None]  # (B, 1) the first row of each caption
+    idx, length = start, start.new_zeros(len(start))
+    done = torch.zeros_like(length, dtype=torch.bool)
+    total = torch.full(done.shape, -math.inf, device=start.device)  # log-probability of each row
+    total[first] = 0.0  # all rows of a caption begin alike: one of them is enough
+    for _ in range(max_new_tokens):
+        logp = step(idx[:, -1:])[:, -1].float().log_softmax(-1)  # (B * beam, V)
+        logp[done] = -math.inf
+        logp[done, stop] = 0.0  # the one way to go on from an end, which costs nothing
+        total, length = total[:, None] + logp, length + ~done
+        best = (total / length[:, None]).view(len(first), -1).topk(beam).indices  # (B, beam), each a row of the caption * V + a token
+        parent = (first + best // logp.shape[1]).flatten()
+        token = (best % logp.shape[1]).flatten()
+        idx = torch.cat([idx[parent], token[:, None]], 1)
+        total, length, done = total[parent, token], length[parent], done[parent] | (token == stop)
+        kv_cache.kv[..., :kv_cache.pos, :] = kv_cache.kv[:, :, parent, :, :kv_cache.pos]  # each row takes over its parent's keys and values
+        if done.all():
+            break
+    return idx[:, 1:].view(len(first), beam, -1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # data: shards are one long text; sequence j of a shard is tokens j*T .. j*T+T, whose last is the first of sequence j+1
 
@@ -448,83 +486,163 @@ class Loader:
 class Process(NamedTuple):
     """Where this process stands among those that train together, and how it computes."""
     rank: int
-    world: int
+    world_size: int
     device: str
-    autocast: object  # `with autocast:` runs matmuls in bfloat16 where asked for; weights stay fp32
+    dtype: torch.dtype  # of matmuls: bfloat16 or float32. Trained weights are float32 in both
+
+    def autocast(self):
+        """`with process.autocast():` runs matmuls in `dtype`."""
+        device_type = self.device.split(":")[0]
+        return torch.autocast(device_type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
+def has_bfloat16(device):
+    """Whether the hardware multiplies bfloat16; what lacks it emulates it, up to 80 times slower."""
+    if "cuda" in device:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def setup(device, dtype):
-    """Under torchrun, one process a GPU (nccl) or a CPU worker (gloo); else one process on the best device there is."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world == 1, "cpu": True}  # gloo knows no mps
-    device = str(device or next(name for name in present if present[name]))
-    if not present.get(device.split(":")[0]):
-        die(f"device={device}: this machine has {', '.join(name for name in present if present[name])}")
-    if device == "cuda" and world > 1:
-        device = f"cuda:{local}"
+    """
+    Under torchrun, one process a GPU (nccl) or a CPU worker (gloo); else one process on the best
+    device there is. device, dtype: settings of the same names. Returns a Process.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # gloo, which joins processes without CUDA, knows no mps
+    present = {"cuda": torch.cuda.is_available(),
+               "mps": torch.backends.mps.is_available() and world_size == 1,
+               "cpu": True}
+    device = device or next(name for name in present if present[name])
+    device_type = device.split(":")[0]
+    if not present.get(device_type):
+        here = [name for name in present if present[name]]
+        die(f"device={device}: this machine has {', '.join(here)}")
+    if device == "cuda" and world_size > 1:
+        device = f"cuda:{local_rank}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
-    device_type = device.split(":")[0]
-    dtype = dtype or ("bfloat16" if device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
-    if dtype not in ("bfloat16", "float32"):
-        die(f"dtype={dtype}: bfloat16 or float32")
-    if world > 1 and not dist.is_initialized():
+    if dtype is None:
+        dtype = "bfloat16" if device_type == "cuda" and has_bfloat16(device) else "float32"
+    if dtype == "bfloat16" and device_type != "mps" and not has_bfloat16(device) and rank == 0:
+        print(f"dtype=bfloat16: this {device_type} only emulates it; dtype=float32 is far faster here")
+    if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    autocast = torch.autocast(device_type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
-    return Process(rank, world, device, autocast)
+    return Process(rank, world_size, device, getattr(torch, dtype))
 
 
 @contextmanager
-def one_first(me):
+def local_main_process_first(process):
     """What is done inside, one process of each machine does before the others: they find its downloads finished."""
     others = int(os.environ.get("LOCAL_RANK", 0)) > 0
     if others:
         dist.barrier()
     yield
-    if me.world > 1 and not others:
+    if process.world_size > 1 and not others:
         dist.barrier()
 
 
-def leave(me):
+def finish(process):
     """The end of a run of several processes: rank 0 may still be writing, and who leaves early takes the others down."""
-    if me.world > 1:
+    if process.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
     sys.exit(0)
 
 
-def sum_over(me, *numbers):
+def all_reduce_sum(process, *numbers):
     """The sums of some numbers over all processes, as floats."""
-    if me.world == 1:
+    if process.world_size == 1:
         return numbers
-    total = torch.tensor(numbers, dtype=torch.float64, device=me.device)
+    total = torch.tensor(numbers, dtype=torch.float64, device=process.device)
     dist.all_reduce(total)  # gloo has no AVG
     return total.tolist()
 
 
+def orthogonalize(matrices, dtype):
+    """
+    Matrices (N, n_out, n_in) -> about the nearest orthogonal ones: in the singular value
+    decomposition U S V^T, S is replaced by numbers near 1. No decomposition is needed. An odd
+    polynomial p(X) = aX + bXX^TX + cXX^TXX^TX acts on the singular values alone:
+    p(U S V^T) = U p(S) V^T. Five times this one, whose slope at 0 is steep, takes every singular
+    value between 0.01 and 1 into the range 0.7 to 1.2. That is near enough, and 15 matmuls.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value > 1
+    X = X.to(dtype)
+    tall = X.shape[1] > X.shape[2]
+    if tall:  # XX^T is then the smaller product
+        X = X.mT
+    for _ in range(5):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/), for the matrices inside blocks.
+    A gradient's momentum is mostly a few strong directions; Muon replaces it by the nearest
+    orthogonal matrix, so that every direction of the weights moves equally far. It keeps 4 bytes a
+    parameter (AdamW 8) and costs 15 matmuls of the matrix's own size a step: little beside a
+    batch of half a million tokens, much beside a small one. The step is scaled to the size of
+    AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982): one learning rate serves both.
+    All matrices of one shape are orthogonalized in one batched call.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, same_shape = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                # Nesterov's momentum: the average as it will be if the next gradient is like this
+                update = p.grad.lerp(average, momentum)
+                same_shape.setdefault(p.shape, []).append((p, update))
+            for (n_out, n_in), pairs in same_shape.items():
+                params, updates = zip(*pairs)
+                device = updates[0].device
+                dtype = torch.bfloat16 if has_bfloat16(str(device)) else torch.float32
+                directions = orthogonalize(torch.stack(updates), dtype).to(params[0].dtype)
+                rms = 0.2 * max(n_out, n_in) ** 0.5  # an orthogonal matrix's entries are this small
+                for p, direction in zip(params, directions):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.sub_(direction, alpha=lr * rms)
+
+
 def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95)):
     """
-    The optimizers that together cover every trainable parameter once. "adamw": AdamW for all of them: two averages, 8 bytes a
-    parameter, and one fused pass over memory. "muon": Muon (Jordan 2024) for the matrices inside blocks, AdamW for the rest. Muon
-    replaces a matrix's momentum by the nearest orthogonal matrix, so that every direction in it moves equally far. It keeps 4 bytes
-    a parameter and costs some fifteen matmuls of the matrix's own size a step, little beside a batch of half a million tokens and much
-    beside a small one; it needs fewer steps to the same loss.
-    Matrices decay; biases, norms and gates, which have no direction to shrink in, do not.
+    The optimizers that together hold every trainable parameter once. "adamw": AdamW for all.
+    "muon": Muon for the matrices inside blocks, AdamW for the rest. Matrices decay; biases, norms
+    and gates, which have no direction to shrink in, do not.
     """
-    if name not in ("adamw", "muon"):
-        die(f"optimizer={name}: adamw or muon")
     params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    inner = [k for k, p in params.items() if name == "muon" and p.dim() == 2 and not k.endswith(("wte.weight", "wpe.weight"))]
-    outer = [k for k in params if k not in inner]
-    groups = [dict(params=[params[k] for k in outer if params[k].dim() >= 2], weight_decay=weight_decay),
-              dict(params=[params[k] for k in outer if params[k].dim() < 2], weight_decay=0.0)]
+    muon_names = []
+    if name == "muon":
+        muon_names = [k for k, p in params.items()
+                      if p.dim() == 2 and not k.endswith(("wte.weight", "wpe.weight"))]
+    adamw_params = [p for k, p in params.items() if k not in muon_names]
+    groups = [dict(params=[p for p in adamw_params if p.dim() >= 2], weight_decay=weight_decay),
+              dict(params=[p for p in adamw_params if p.dim() < 2], weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
-    if inner:  # match_rms_adamw scales Muon's step to the size of AdamW's: one learning rate serves both
-        optimizers.append(torch.optim.Muon([params[k] for k in inner], lr=learning_rate, weight_decay=weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
-    covered = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, covered)) == sorted(map(id, params.values())), "every trainable parameter belongs to exactly one group"
+    if muon_names:
+        optimizers.append(Muon([params[k] for k in muon_names], learning_rate, weight_decay))
+    held = [p for optimizer in optimizers for group in optimizer.param_groups
+            for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, params.values())), \
+        "every trainable parameter belongs to exactly one group"
     return optimizers
 
 
@@ -539,15 +657,27 @@ def resume_optimizers(optimizers, checkpoint, path):
         die(f"{path} was written with other optimizer settings (optimizer={checkpoint['settings']['optimizer']}): resume with the same")
 
 
-def take_step(model, optimizers, lr, grad_clip):
-    """Clips the gradients of the trainable parameters to a joint norm, steps, and forgets them. Returns the norm before clipping."""
-    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], grad_clip)
+def optimizer_step(model, optimizers, lr, grad_clip, step):
+    """
+    Clips the gradients of the trainable parameters to a joint norm (grad_clip=0: not at all),
+    steps, and forgets them. Returns the norm before clipping. A norm that is not finite ends the
+    run before any weight has changed.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
+    check_finite(step, norm, "the norm of the gradient")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+def check_finite(step, value, what):
+    if not math.isfinite(value):
+        die(f"step {step}: {what} is {value}. Nothing was changed or saved: the checkpoint on disk is "
+            "the last good one. Lower learning_rate=, or look for broken data")
 
 
 def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosine"):
@@ -613,7 +743,7 @@ def load_checkpoint(path, device="cpu"):
         die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__}): {instead}")
 
 
-def name_changes(settings, checkpoint, names):
+def warn_changed(settings, checkpoint, names):
     """Prints which of these settings are not what they were when the checkpoint was written."""
     was = checkpoint["settings"]
     changed = [f"{name}={settings[name]} (was {was[name]})" for name in names.split() if name in was and was[name] != settings[name]]
@@ -703,15 +833,15 @@ def plot(path, panels, xlabel="step"):
 
 
 @torch.no_grad()
-def evaluate(model, loader, batch_size, n_tokens, me):
+def evaluate(model, loader, batch_size, n_tokens, process):
     """Mean loss over the first n_tokens of the split, shared out over the processes."""
     loss, n, end = 0.0, 0, min(loader.n_seq, max(1, n_tokens // loader.T))
-    starts = range(me.rank * batch_size, end, me.world * batch_size)
-    for rows in loader.batches((range(start, min(start + batch_size, end)) for start in starts), me.device):  # (B, T+1)
-        with me.autocast:
+    starts = range(process.rank * batch_size, end, process.world_size * batch_size)
+    for rows in loader.batches((range(start, min(start + batch_size, end)) for start in starts), process.device):  # (B, T+1)
+        with process.autocast():
             loss += model(rows[:, :-1], rows[:, 1:]).item() * len(rows)
         n += len(rows)
-    loss, n = sum_over(me, loss, n)
+    loss, n = all_reduce_sum(process, loss, n)
     return loss / n
 
 
@@ -725,18 +855,18 @@ def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, 
     return [encoding.decode([token for token in row if token != encoding.eot_token]) for row in rows.tolist()]
 
 
-def train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, me):
+def train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, process, step=0):
     """One step on `accumulate` micro-batches (B, T+1). Returns this process's mean loss, and the norm of the gradient."""
-    loss_sum = torch.zeros((), device=me.device)
+    loss_sum = torch.zeros((), device=process.device)
     for micro in range(accumulate):
         rows = next(batches)
-        if me.world > 1:  # gradients are averaged over the processes once a step; the flag must be set before the forward pass
+        if process.world_size > 1:  # gradients are averaged over the processes once a step; the flag must be set before the forward pass
             step_model.require_backward_grad_sync = micro == accumulate - 1
-        with me.autocast:
+        with process.autocast():
             loss = step_model(rows[:, :-1], rows[:, 1:]) / accumulate  # gradients add up, so each part counts as its share
         loss.backward()
         loss_sum += loss.detach()
-    return loss_sum, take_step(model, optimizers, lr, grad_clip)
+    return loss_sum, optimizer_step(model, optimizers, lr, grad_clip, step)
 
 
 def peak_rss():
@@ -754,92 +884,14 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 "4090": 165e12, "3090": 71e12}
 
 
-def flops_share(model, T, tokens_per_second, world=1):
+def flops_share(model, T, tokens_per_second, world_size=1):
     """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B), as text for the log; empty where the peak is not known."""
     c = model.config
     name = torch.cuda.get_device_name() if torch.cuda.is_available() and next(model.parameters()).is_cuda else ""
     peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
     n_matmul = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()  # wte counts: it is the head
     per_token = 6 * n_matmul + 12 * c.n_layer * c.n_embd * T  # forward 2, backward 4; attention's two matmuls beside
-    return f" | MFU {tokens_per_second * per_token / (peak * world):.1%}" if peak else ""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# bench=True. A side road: nothing below depends on it
-
-
-def benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me):
-    """
-    Prints what these settings give on random tokens, all in one run: a training step beside that of transformers' GPT2LMHeadModel
-    (where it is installed), generation beside recomputing, HellaSwag beside one question at a time.
-    """
-    cuda, c = "cuda" in me.device, model.config
-    batches = repeat(torch.randint(c.vocab_size, (B, T + 1), device=me.device))
-
-    def step(*trained):
-        return lambda: train_step(*trained, batches, accumulate, 1e-5, 1.0, me)[1].item()  # .item() waits for the device
-
-    def peak(way):  # the second time, the optimizer's averages are there
-        way()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        way()
-        return torch.cuda.max_memory_allocated() if cuda else peak_rss()
-
-    ways = {"ours": step(step_model, model, optimizers)}
-    memory = [peak(ways["ours"])]
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except (ImportError, RuntimeError):
-        print("transformers could not be imported: nothing to compare training with")
-    else:
-        held = torch.cuda.memory_allocated() if cuda else 0
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                            n_head=c.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False))
-        compiled = torch.compile(theirs.to(me.device)) if step_model is not model else theirs.to(me.device)
-        adamw = [torch.optim.AdamW(theirs.parameters(), lr=1e-5, fused=True)]
-        try:
-            way = step(lambda idx, targets: compiled(idx, labels=idx).loss, theirs, adamw)
-            memory.append(peak(way) - held if cuda else None)
-            ways["transformers"] = way
-        except torch.OutOfMemoryError:
-            print("transformers runs out of memory with these settings")
-    seconds = race(*ways.values())
-    for name, each, most in zip(ways, seconds, memory):
-        speed = accumulate * B * T / each
-        print(f"training, {name:13}{speed:12,.0f} tok/s{flops_share(model, T, speed)}" + (f" | {most / 1e9:.2f} GB at most" if most else "")
-              + (f" | ours is {each / seconds[0]:.2f} times as fast" if name != "ours" else ""), flush=True)
-
-    start, new = torch.randint(c.vocab_size, (1, 8), device=me.device), min(max_new_tokens, c.block_size - 8)
-
-    @torch.no_grad()
-    def recompute(logits):
-        idx = start
-        for _ in range(new):
-            idx = torch.cat([idx, logits(idx)[:, -1:].argmax(-1)], 1)
-        return idx.tolist()
-
-    def generate():
-        return model.generate(start, new, temperature=0).tolist()
-
-    def last_logits(idx):
-        return model.head(model.hidden(idx)[:, -1:])
-
-    rng = np.random.default_rng(0)
-
-    def made(length):
-        return rng.integers(c.vocab_size, size=min(length, c.block_size // 2)).tolist()
-
-    # of HellaSwag's 10,042 questions, some 80 share each length of context; here 32 do
-    questions = [(made(40 + 30 * (n % 2)), [made(rng.integers(8, 36)) for _ in range(4)], 0) for n in range(64)]
-    for what, quick, plain, remark in (
-            (f"generating {new} tokens", generate, lambda: recompute(model), ", where that takes all positions' logits"),
-            ("the same", generate, lambda: recompute(last_logits), ", where it takes the last position's"),
-            (f"{len(questions)} HellaSwag questions", lambda: hellaswag.predict(model, questions, model.reader(), me.device),
-             lambda: hellaswag.predict(model, questions, None, me.device, tokens_at_once=1), "")):
-        with me.autocast:
-            fast, slow = race(quick, plain, rounds=3)
-        print(f"{what:23}{fast:8.3f} s | the plain way {slow:8.3f} s | {slow / fast:.1f} times as fast{remark}", flush=True)
+    return f" | MFU {tokens_per_second * per_token / (peak * world_size):.1%}" if peak else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -850,16 +902,17 @@ if __name__ == "__main__":
         init_from = "resume"  # who asks for samples means the trained model
     if schedule not in ("cosine", "wsd"):
         die(f"schedule={schedule}: cosine or wsd")
-    rank, world, device, autocast = me = setup(device, dtype)
+    process = setup(device, dtype)
+    rank, world_size, device, _ = process
     torch.manual_seed(seed)
     if rank == 0:
-        show(config)
+        print_settings(config)
 
     # The model: fresh, continued, or somebody's. The tokenizer travels in the checkpoint, as "gpt2" or as its merges.
     tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
     of_shards = open(tokenizer_file).read() if os.path.exists(tokenizer_file) else "gpt2"
     source = os.path.join(out_dir, "ckpt.pt") if init_from == "resume" else init_from
-    will_train = not (prompt is not None or export or eval_only or bench)
+    will_train = not (prompt is not None or export or eval_only)
     if init_from == "resume" and will_train and not os.path.exists(source) and not os.path.exists(previous(source)):
         source = "scratch"  # a run that was killed before its first checkpoint
         if rank == 0:
@@ -869,7 +922,7 @@ if __name__ == "__main__":
         tokenizer = of_shards
         model = GPT(GPTConfig(block_size, get_tokenizer(tokenizer).n_vocab if tokenizer != "gpt2" else 50257, n_layer, n_head, n_embd))
     else:
-        with one_first(me):
+        with local_main_process_first(process):
             model = GPT.from_pretrained(source)
         if source.endswith(".pt"):
             checkpoint = load_checkpoint(source)
@@ -891,68 +944,62 @@ if __name__ == "__main__":
         sys.exit(0)
 
     # Evaluation: the loss on the validation shard, and HellaSwag
-    if not bench:
-        val = Loader(data, "val", T, model.config.vocab_size)
-        if tokenizer != of_shards:
-            die(f"the shards in {data} were written with another tokenizer than {source} was trained with")
-        questions = []
-        if exam or (exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only)):
-            with one_first(me):
-                questions = hellaswag.load_questions(exam_file, get_tokenizer(tokenizer), model.config.block_size)[:exam]
+    val = Loader(data, "val", T, model.config.vocab_size)
+    if tokenizer != of_shards:
+        die(f"the shards in {data} were written with another tokenizer than {source} was trained with")
+    questions = []
+    if exam or (exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only)):
+        with local_main_process_first(process):
+            questions = hellaswag.load_questions(exam_file, get_tokenizer(tokenizer), model.config.block_size)[:exam]
     if eval_only:
-        loss = evaluate(model, val, B, eval_tokens, me)
-        with autocast:
-            acc, acc_norm = hellaswag.evaluate(model, questions, model.reader(), device) if questions else (math.nan, math.nan)
+        loss = evaluate(model, val, B, eval_tokens, process)
+        with process.autocast():
+            acc, acc_norm = hellaswag.evaluate(model, questions, model.prefill, device) if questions else (math.nan, math.nan)
         if rank == 0:
             print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
             if questions:
                 print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   "
                       "(published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
-        leave(me)
+        finish(process)
 
     # Training. `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
-    if total_batch_size % (B * T * world):
-        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world}")
-    accumulate = total_batch_size // (B * T * world)  # micro-batches a process works through in one step
+    if total_batch_size % (B * T * world_size):
+        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world_size}")
+    accumulate = total_batch_size // (B * T * world_size)  # micro-batches a process works through in one step
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
     step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
-    if world > 1:
+    if world_size > 1:
         step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
-    if bench:
-        if world > 1:
-            die("bench=True measures one process: start it without torchrun")
-        benchmark(model, step_model, optimizers, accumulate, B, T, max_new_tokens, me)
-        sys.exit(0)
     if checkpoint:
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
         if rank == 0:
-            name_changes(config, checkpoint, "data block_size total_batch_size optimizer learning_rate min_lr warmup_steps max_steps "
+            warn_changed(config, checkpoint, "data block_size total_batch_size optimizer learning_rate min_lr warmup_steps max_steps "
                                              "schedule weight_decay grad_clip seed dtype")
         checkpoint = None  # all of it is in use by now: a second copy would only take memory
-    if sum_over(me, step)[0] != step * world:
+    if all_reduce_sum(process, step)[0] != step * world_size:
         die(f"not every process found the same {source}: out_dir= must be a folder that all machines share")
     train = Loader(data, "train", T, model.config.vocab_size, seed)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
         n_params, n_tokens = sum(p.numel() for p in model.parameters()), train.n_seq * T
         print(f"{n_params:,} parameters | {n_tokens:,} training tokens, {total_batch_size:,} a step = {max_steps * total_batch_size / n_tokens:.1f} "
-              f"epochs | {world} process(es) x {accumulate} x {B} x {T} on {device}")
+              f"epochs | {world_size} process(es) x {accumulate} x {B} x {T} on {device}")
         log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step)
         wandb = start_wandb(config) if wandb_log else None
 
     n_seq = total_batch_size // T  # sequences in a global batch; this process's share of every step to come, micro-batch by micro-batch:
-    firsts = (s * n_seq + (micro * world + rank) * B for s in range(step, max_steps) for micro in range(accumulate))
+    firsts = (s * n_seq + (micro * world_size + rank) * B for s in range(step, max_steps) for micro in range(accumulate))
     batches = train.batches((range(first, first + B) for first in firsts), device)
     asked_to_stop, stop = stop_signals(), 0
     t_start, first_step = time.time(), step
     while True:
         row = dict(step=step)
         if (step % eval_interval == 0 or step >= max_steps) and not stop:
-            row["val_loss"] = evaluate(model, val, B, eval_tokens, me)
+            row["val_loss"] = evaluate(model, val, B, eval_tokens, process)
             if questions:
-                with autocast:
-                    row["acc"], row["acc_norm"] = hellaswag.evaluate(model, questions, model.reader(), device)
+                with process.autocast():
+                    row["acc"], row["acc_norm"] = hellaswag.evaluate(model, questions, model.prefill, device)
             if rank == 0:
                 print(f"step {step:5d}/{max_steps} | validation loss {row['val_loss']:.4f}"
                       + (f" | HellaSwag {row['acc']:.4f}, per token {row['acc_norm']:.4f}" if questions else ""), flush=True)
@@ -972,9 +1019,9 @@ if __name__ == "__main__":
 
         t0 = time.time()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule)
-        loss, norm = train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, me)
-        loss, stop = sum_over(me, float(loss) / world, len(asked_to_stop))  # all processes stop after the same step
-        norm, ms = float(norm), (time.time() - t0) * 1000  # float() waits for the device: only now is the clock right
+        loss, norm = train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, process, step)
+        loss, stop = all_reduce_sum(process, float(loss) / world_size, len(asked_to_stop))  # all processes stop after the same step
+        ms = (time.time() - t0) * 1000
         if rank == 0:
             row |= dict(loss=loss, lr=lr, norm=norm, ms=ms)
             log.add(**row)
@@ -984,7 +1031,7 @@ if __name__ == "__main__":
                 left = (time.time() - t_start) / (step + 1 - first_step) * (max_steps - step - 1)
                 speed = total_batch_size / ms * 1000
                 print(f"step {step:5d}/{max_steps} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.2e} | {ms:.0f} ms | "
-                      f"{speed:,.0f} tok/s{flops_share(model, T, speed, world)} | {left / 60:.1f} min left", flush=True)
+                      f"{speed:,.0f} tok/s{flops_share(model, T, speed, world_size)} | {left / 60:.1f} min left", flush=True)
         step += 1
 
     if rank == 0:
@@ -1002,4 +1049,4 @@ if __name__ == "__main__":
         plot(os.path.join(out_dir, "curves.png"), panels)
         print(f"stopped at step {step}; go on with init_from=resume" if stop else
               f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
-    leave(me)
+    finish(process)
