@@ -24,6 +24,7 @@ and `patches` (64 x 194: the raw pixels). Features that another program wrote, s
 """
 import csv
 import difflib
+import filecmp
 import glob
 import hashlib
 import json
@@ -104,9 +105,29 @@ def load_captions(data, split):
     return images, captions
 
 
+def warn_overlap(data, split):
+    """Says on one line which pictures of `split` are pictures of train2017 too."""
+    seen = {}
+    for part in ("train2017", split):
+        folder = os.path.join(data, part)
+        files = {image["file_name"]: image["id"] for image in load_captions(data, part)[0]}
+        seen[part] = folder, files
+    (train_folder, train), (folder, held_out) = seen.values()
+    same = []
+    for name in train.keys() & held_out.keys():
+        pair = os.path.join(train_folder, name), os.path.join(folder, name)
+        if all(map(os.path.isfile, pair)) and filecmp.cmp(*pair, shallow=False):
+            same.append(name)
+    if same and split != "train2017":
+        print(f"CAUTION: {len(same):,} pictures of {split} are in train2017 too, such as {min(same)}: "
+              "their scores say nothing about new pictures", flush=True)
+
+
 def save_json(path, content, indent=None):
+    """Writes `content` as json. NaN and infinity, which are not json, end the run with ValueError."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    save_atomically(path, lambda f: f.write(json.dumps(content, indent=indent).encode()))
+    text = json.dumps(content, indent=indent, allow_nan=False)
+    save_atomically(path, lambda f: f.write(text.encode()))
 
 
 def features_file(data, encoder, split):
@@ -128,10 +149,10 @@ def identity(images):
     return dict(images=len(images), names=hashlib.sha256("\n".join(image["file_name"] for image in images).encode()).hexdigest())
 
 
-def load_features(data, encoder, split, n_images, images=None):
+def load_features(data, encoder, split, images):
     """
-    The encoded pictures of a split, a memory-mapped (n_images, S tokens, W width) array, and what is known of their encoder.
-    Given the json's images too, they must be those that were encoded, in the same order.
+    The features of a split, a memory-mapped (images, S tokens, W width) array, and what is known of
+    their encoder. images: the json's; they must be those that were encoded, in the same order.
     """
     path, command = features_file(data, encoder, split), f"`python coco.py data={data} encoder={encoder}`"
     about = read_about(path)
@@ -144,9 +165,9 @@ def load_features(data, encoder, split, n_images, images=None):
         features = np.load(path, mmap_mode="c")  # in memory it may be written to, else torch would warn
     except (ValueError, OSError, EOFError) as problem:
         die(f"{path} is not a whole .npy file ({problem}): delete it and run {command}")
-    if features.ndim != 3 or len(features) != n_images:
-        die(f"{path} has shape {features.shape}, but the captions of {split} belong to {n_images} images: encode again, or use its own json")
-    if about and images and about["names"] != identity(images)["names"]:
+    if features.ndim != 3 or len(features) != len(images):
+        die(f"{path} has shape {features.shape}, but the captions of {split} belong to {len(images)} images: encode again, or use its own json")
+    if about and about["names"] != identity(images)["names"]:
         die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in another order: delete it and run {command}")
     if not about and os.environ.get("RANK", "0") == "0":
         print(f"{path} is taken as it is: no .json beside it says what made it")
@@ -621,7 +642,7 @@ def encode_split(data, split, made_by, eye, batch_size, process, skip_bad=False)
         if before.get(key, about[key]) != about[key]:
             die(f"{there[0]} was made with other {what} than these: delete it to encode anew, or take another data=")
     if os.path.exists(path):
-        load_features(data, made_by["encoder"], split, n, images)
+        load_features(data, made_by["encoder"], split, images)
         print(f"{path} is there already")
         return []
     if before.get("done"):
@@ -674,7 +695,7 @@ def regroup(data, json_path, target, encoder):
         files = [os.path.join(data, split, image["file_name"]) for image in images]
         entries += [(split_of[image["id"]], image["id"], file, said) for image, file, said in zip(images, files, captions)]
         if encoder != "none":
-            features, about = load_features(data, encoder, split, len(images), images)
+            features, about = load_features(data, encoder, split, images)
             row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
     convert(entries, target)
     os.makedirs(os.path.join(target, "features"), exist_ok=True)
@@ -781,7 +802,7 @@ if __name__ == "__main__":
     files = [features_file(data, encoder, split) for split in splits]
     if all(map(os.path.exists, files)) and not any(map(read_about, files)):  # another program's features: there is no encoder to ask
         for split in splits:
-            load_features(data, encoder, split, len(load_captions(data, split)[0]))
+            load_features(data, encoder, split, load_captions(data, split)[0])
     elif encoder != "none":
         process = setup(device, dtype)
         os.makedirs(os.path.join(data, "features"), exist_ok=True)

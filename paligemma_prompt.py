@@ -61,7 +61,7 @@ from train_gpt2 import (KVCache, Log, beam_search, curve, decode, get_lr, load_c
                         resume_optimizers, save_checkpoint, setup, start_wandb, optimizer_step)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image, save_json, splits_of
-from train_caption import TokenizedCaptions, caption_split, draw_captions, read_features, perplexity, run, to_text, training_batch
+from train_caption import TokenizedCaptions, caption_split, draw_captions, read_features, perplexity, run_script, to_text, training_batch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
@@ -274,7 +274,7 @@ class PaliGemma(nn.Module):
         self.multi_modal_projector = nn.ModuleDict(dict(linear=Linear(c.v_embd, c.n_embd)))
         self.language_model = Gemma(c)
 
-    def look(self, pixels):
+    def encode_image(self, pixels):
         """Pictures (B, 3, size, size) in [-1, 1] -> image tokens (B, N, D)."""
         return self.multi_modal_projector.linear(self.vision_tower(pixels))
 
@@ -536,7 +536,7 @@ class Prompted(nn.Module):
     def prefix(self, pixels):
         """Pictures (B, 3, size, size) -> (B, P, D). SigLIP, while frozen, keeps nothing for a backward pass: nothing in it takes part."""
         language = self.model.language_model
-        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.look(pixels), soft=self.soft)
+        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.encode_image(pixels), soft=self.soft)
         return torch.cat([pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
 
     def forward(self, idx, pixels, targets, image_idx=None):
@@ -813,7 +813,7 @@ def compare_ways(config, folder):
     for way, some in WAYS.items():
         mine = os.path.join(folder, re.sub(r"\W+", "_", way))
         settings = config | some | dict(compare=False, out_dir=mine)
-        run("paligemma_prompt.py", *(f"{name}={value}" for name, value in settings.items() if value is not None))
+        run_script("paligemma_prompt.py", *(f"{name}={value}" for name, value in settings.items() if value is not None))
         log = f"{mine}/log.csv"
         rows.append(json.load(open(f"{mine}/results.json")) | dict(way=way, log=log))
         losses[way], perplexities[way] = curve(read_log(log), "loss"), curve(read_log(log), "perplexity")
@@ -867,7 +867,7 @@ if __name__ == "__main__":
             if "val2017" not in splits_of(f"data/{world}"):
                 draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
         if not os.path.exists(BUILTIN["paligemma"]):
-            run("paligemma_prompt.py", *PRETRAIN, f"max_steps={5 * max_steps}")
+            run_script("paligemma_prompt.py", *PRETRAIN, f"max_steps={5 * max_steps}")
 
     if compare:
         folder = out_dir or f"out/prompt_{data_name}_all"
@@ -960,7 +960,7 @@ if __name__ == "__main__":
         row = dict(step=step)
         if step % eval_interval == 0 or step >= max_steps:
             asked.ask(prompts[0])
-            row["perplexity"] = perplexity(asked, glanced, glance, process, batch_size=4 * batch_size)
+            row["perplexity"] = perplexity(asked, glanced, glance, process, rows_at_once=4 * batch_size)
             print(f"step {step:5d}/{max_steps} | perplexity of {len(glanced)} held-out captions {row['perplexity']:.3f}", flush=True)
             if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
                 tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
@@ -993,7 +993,7 @@ if __name__ == "__main__":
     # ---- judged on the whole split
     said = caption_split(asked, pictures, enc, max_length, process, beam, batch_size=4 * batch_size)
     scores, _ = score(said, references)
-    right, wrong = (perplexity(asked, pictures, captions, process, sight, batch_size=4 * batch_size) for sight in ("right", "wrong"))
+    right, wrong = (perplexity(asked, pictures, captions, process, which_image, rows_at_once=4 * batch_size) for which_image in ("right", "wrong"))
     ms = [r["ms"] for r in log.rows if r.get("ms")]
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
     results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms or 0)) / 1000,

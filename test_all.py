@@ -922,7 +922,7 @@ def test_patches_are_the_pixels_row_by_row():
 
 def test_features_row_i_is_image_i(road):
     images, _ = coco.load_captions(str(road / "shapes"), "val2017")
-    features, about = coco.load_features(str(road / "shapes"), "patches", "val2017", len(images))
+    features, about = coco.load_features(str(road / "shapes"), "patches", "val2017", images)
     eye = coco.Patches()
     for i in (0, len(images) - 1):
         one = coco.encode(eye, [eye.prepare(coco.open_image(str(road / "shapes/val2017" / images[i]["file_name"])))], ALONE)
@@ -1029,7 +1029,7 @@ def test_interrupted_encoding_goes_on_to_the_same_bytes(drawn, monkeypatch, caps
         encode_val(drawn, Seen(5))  # the blank one, and two batches of two
     assert not path.exists() and json.load(open(path.with_suffix(".json")))["done"] == 4
     with pytest.raises(SystemExit):
-        coco.load_features(str(drawn), "patches", "val2017", 6)
+        coco.load_features(str(drawn), "patches", "val2017", coco.load_captions(str(drawn), "val2017")[0])
     assert "4 of 6 pictures are encoded; `python coco.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         encode_val(drawn, weights="others")
@@ -1077,14 +1077,14 @@ def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
     path.with_suffix(".npy.part").unlink()
     assert [os.path.basename(file) for file in encode_val(drawn)] == ["000002.jpg", "000005.jpg"]
     with pytest.raises(SystemExit):
-        coco.load_features(str(drawn), "patches", "val2017", 6)
+        coco.load_features(str(drawn), "patches", "val2017", coco.load_captions(str(drawn), "val2017")[0])
     (drawn / "val2017/000002.jpg").write_bytes(good)  # mended
     eye = Seen()
     assert [os.path.basename(file) for file in encode_val(drawn, eye)] == ["000005.jpg"] and eye.seen == 1
     assert encode_val(drawn, skip_bad=True) == []
     left, captions = coco.load_captions(str(drawn), "val2017")
     assert [image["id"] for image in left] == [image["id"] for image in images if image["file_name"] != "000005.jpg"] and all(len(said) == 5 for said in captions)
-    assert np.array_equal(coco.load_features(str(drawn), "patches", "val2017", 5)[0], whole[[0, 1, 2, 3, 5]])
+    assert np.array_equal(coco.load_features(str(drawn), "patches", "val2017", left)[0], whole[[0, 1, 2, 3, 5]])
     assert len(json.load(open(drawn / "annotations/captions_val2017.all.json"))["images"]) == 6
     assert sorted(os.listdir(drawn / "features"))[-2:] == ["patches_val2017.json", "patches_val2017.npy"]
     assert encode_val(drawn) == []  # there already, and of this json
@@ -1131,7 +1131,7 @@ def test_karpathys_split_moves_the_features_along(drawn, capsys):
     seen = set()
     for split, rests in (("train2017", (0, 3)), ("val2017", (1,)), ("test2017", (2,))):
         images, captions = coco.load_captions(target, split)
-        features, _ = coco.load_features(target, "patches", split, len(images))
+        features, _ = coco.load_features(target, "patches", split, images)
         for image, said, row in zip(images, captions, features):
             assert image["id"] % 4 in rests and said == was[image["id"]][0] and np.array_equal(row, was[image["id"]][1])
             seen.add(image["id"])
@@ -1144,9 +1144,9 @@ def test_karpathys_split_moves_the_features_along(drawn, capsys):
         coco.regroup(data, str(drawn / "dataset_coco.json"), target, "patches")
     assert "does not know 1 pictures" in capsys.readouterr().err
     images = coco.load_captions(data, "val2017")[0]
-    coco.load_features(data, "patches", "val2017", 6, images)
+    coco.load_features(data, "patches", "val2017", images)
     with pytest.raises(SystemExit):
-        coco.load_features(data, "patches", "val2017", 6, images[::-1])
+        coco.load_features(data, "patches", "val2017", images[::-1])
     assert "in another order" in capsys.readouterr().err
 
 
@@ -1263,14 +1263,14 @@ def test_trainable_parameters_at_real_size():
 def test_gates_at_zero_leave_the_gpt_as_it_was(every):
     model = Captioner(small_gpt(), "xattn", every, 24).eval()
     idx, features = torch.randint(0, 101, (2, 12)), torch.randn(2, 9, 24)
-    assert torch.equal(model.write(idx, model.look(features)), model.gpt(idx))
+    assert torch.equal(model.logits(idx, model.encode_image(features)), model.gpt(idx))
 
 
 @pytest.mark.parametrize("fusion", ["xattn", "linear", "qformer"])
 def test_captioner_without_a_picture_is_the_gpt(fusion):
     model, idx = open_eyed(fusion), torch.randint(0, 101, (2, 12))
-    assert torch.equal(model.write(idx), model.gpt(idx))
-    assert not torch.allclose(model.write(idx, model.look(torch.randn(2, 9, 24))), model.gpt(idx), atol=1e-2)
+    assert torch.equal(model.logits(idx), model.gpt(idx))
+    assert not torch.allclose(model.logits(idx, model.encode_image(torch.randn(2, 9, 24))), model.gpt(idx), atol=1e-2)
 
 
 @pytest.mark.parametrize("fusion, every", [("xattn", 1), ("xattn", 2), ("linear", 1), ("qformer", 1)])
@@ -1279,7 +1279,7 @@ def test_cached_captions_equal_recomputed_ones(fusion, every):
     plain = torch.full((3, 1), bos)
     with torch.no_grad():
         for _ in range(15):
-            plain = torch.cat([plain, model.write(plain, model.look(features))[:, -1:].argmax(-1)], 1)
+            plain = torch.cat([plain, model.logits(plain, model.encode_image(features))[:, -1:].argmax(-1)], 1)
     cached = model.generate(features, bos, 15)
     for ours, full in zip(cached.tolist(), plain[:, 1:].tolist()):
         end = full.index(bos) + 1 if bos in full else 15
@@ -1288,11 +1288,11 @@ def test_cached_captions_equal_recomputed_ones(fusion, every):
 
 def beams(model, features, beam, length, stop):
     B = len(features)
-    sight = model.look(features, torch.arange(B).repeat_interleave(beam))
-    P = sight.shape[1] if torch.is_tensor(sight) else 0
+    image = model.encode_image(features, torch.arange(B).repeat_interleave(beam))
+    P = image.shape[1] if torch.is_tensor(image) else 0
     cache = train_gpt2.KVCache(model.gpt.config, B * beam, P + 1 + length, model.gpt.lm_head.weight)
     start = torch.full((B * beam, 1), stop)
-    return train_caption.beam_search(lambda new: model.write(new, sight, cache), cache, start, beam, length, stop)
+    return train_caption.beam_search(lambda new: model.logits(new, image, cache), cache, start, beam, length, stop)
 
 
 @pytest.mark.parametrize("fusion", ["xattn", "linear"])
@@ -1309,9 +1309,9 @@ def test_a_beam_wide_enough_ranks_all_captions_as_trying_each_does(fusion):
     every_caption = sorted({tuple(said[:said.index(stop) + 1] if stop in said else said) for said in endless})  # 85
     found = beams(model, features, 100, length, stop).tolist()
     for b in range(2):
-        sight, mean = model.look(features[b:b + 1]), {}
+        image, mean = model.encode_image(features[b:b + 1]), {}
         for said in every_caption:  # without cache, one at a time
-            logp = model.write(torch.tensor([[stop, *said[:-1]]]), sight).log_softmax(-1)[0]
+            logp = model.logits(torch.tensor([[stop, *said[:-1]]]), image).log_softmax(-1)[0]
             mean[said] = logp[range(len(said)), said].mean().item()
         ranked = sorted(every_caption, key=mean.get, reverse=True)
         assert [tuple(row[:row.index(stop) + 1] if stop in row else row) for row in found[b]][:len(ranked)] == ranked
@@ -1325,9 +1325,9 @@ def test_frozen_matrices_in_bfloat16_change_nothing_for_autocast():
     embedding = model.gpt.transformer.wte.weight
     embedding.data = embedding.bfloat16().float()  # read as it is, not only multiplied: this one is rounded
     with torch.no_grad(), autocast:
-        before = model.write(idx, model.look(features))
-        model.place(Process(0, 1, "cpu", torch.bfloat16))
-        assert torch.equal(model.write(idx, model.look(features)), before)
+        before = model.logits(idx, model.encode_image(features))
+        model.to_process(Process(0, 1, "cpu", torch.bfloat16))
+        assert torch.equal(model.logits(idx, model.encode_image(features)), before)
     assert model.gpt.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16 and model.project[0].weight.dtype == torch.float32
 
 
@@ -1342,7 +1342,7 @@ def test_scst_follows_the_gradient_of_expected_cider():
     targets = torch.tensor(captions)
     targets[0, 1] = -100
     starts = torch.tensor([[eot, first] for first, _ in captions])
-    logp = model.write(starts, model.look(features, torch.zeros(7, dtype=torch.long))).log_softmax(-1)  # (7, 2, 3)
+    logp = model.logits(starts, model.encode_image(features, torch.zeros(7, dtype=torch.long))).log_softmax(-1)  # (7, 2, 3)
     p = (logp.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)).sum(1).exp()  # (7,)
     said = [["ab"[token] for token in row if token != eot] + [train_caption.END] * (eot in row) for row in captions]
     rewards = torch.from_numpy(cider.evaluate(said, references * 7, df, tokenized=True)[1]["CIDEr"]).float()
@@ -1386,7 +1386,7 @@ def test_summed_loss_is_cross_entropy_of_caption_and_eos():
     targets = torch.randint(0, 101, (2, 6))
     targets[1, 3:] = -100
     features = torch.randn(2, 9, 24)
-    logp = model.write(idx, model.look(features)).log_softmax(-1)
+    logp = model.logits(idx, model.encode_image(features)).log_softmax(-1)
     plain = -sum(logp[b, t, targets[b, t]] for b in range(2) for t in range(6) if targets[b, t] >= 0)
     torch.testing.assert_close(model(idx, features, targets), plain)
 
@@ -1413,8 +1413,8 @@ def test_perplexity_is_of_all_tokens_whatever_the_batch():
     model = Captioner(small_gpt(vocab_size=tokenizer.n_vocab, scale=3), "linear", 1, 24).eval()
     features = np.random.default_rng(0).normal(size=(2, 9, 24)).astype(np.float16)
     whole = train_caption.perplexity(model, features, captions, ALONE)
-    assert whole == pytest.approx(train_caption.perplexity(model, features, captions, ALONE, batch_size=1), rel=1e-4)
-    assert whole != pytest.approx(train_caption.perplexity(model, features, captions, ALONE, sight="wrong"), rel=1e-3)
+    assert whole == pytest.approx(train_caption.perplexity(model, features, captions, ALONE, rows_at_once=1), rel=1e-4)
+    assert whole != pytest.approx(train_caption.perplexity(model, features, captions, ALONE, which_image="wrong"), rel=1e-3)
 
 
 @pytest.fixture(scope="session")
@@ -1883,7 +1883,7 @@ def test_cached_generation_equals_the_plain_path(reference):
 
 def test_pieces_of_the_prefix_come_in_the_order_asked_for(reference):
     model, pixels = PaliGemma.from_pretrained(reference[1]), reference[2]
-    image, bos, hard = model.look(pixels)[0], model.language_model.embed(torch.tensor([2])), model.language_model.embed(torch.tensor(HARD))
+    image, bos, hard = model.encode_image(pixels)[0], model.language_model.embed(torch.tensor([2])), model.language_model.embed(torch.tensor(HARD))
     asked = Prompted(model, 2, HARD, order="bos,prompt,image", place="after_bos", **WAY)
     torch.testing.assert_close(asked.prefix(pixels)[0], torch.cat([bos, asked.soft, hard, image]))
 
@@ -1905,7 +1905,7 @@ def test_a_stack_is_built_from_its_parts_with_image_tokens_of_the_size_of_words(
     assert built.config == whole.config
     for (key, a), b in zip(whole.named_parameters(), built.parameters(), strict=True):
         assert torch.equal(a, b) != ("projector" in key), key
-    image, words = built.look(reference[2]).square().mean().sqrt(), built.language_model.embed(torch.arange(90)).square().mean().sqrt()
+    image, words = built.encode_image(reference[2]).square().mean().sqrt(), built.language_model.embed(torch.arange(90)).square().mean().sqrt()
     assert 0.7 < image / words < 1.4
 
 
@@ -2279,7 +2279,7 @@ def bench_caption(process):
     targets = idx.masked_fill(torch.arange(idx.shape[1], device=device) >= lengths, -100)
     plain = Captioner(GPT(GPTConfig()), "xattn", 1, width=768).to(device)
     adamw = [torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-4)]
-    ours = Captioner(GPT(GPTConfig()), "xattn", 1, width=768).place(process)
+    ours = Captioner(GPT(GPTConfig()), "xattn", 1, width=768).to_process(process)
     optimizers = train_gpt2.make_optimizers(ours, "adamw", 1e-4, 0.1)
 
     def load():
@@ -2287,7 +2287,7 @@ def bench_caption(process):
         return torch.stack(rows).to(device)
 
     def train_plainly():
-        logits = plain.write(idx, plain.look(load()))
+        logits = plain.logits(idx, plain.encode_image(load()))
         F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
         train_gpt2.optimizer_step(plain, adamw, 1e-4, 1.0, 0)
 
@@ -2302,7 +2302,7 @@ def bench_caption(process):
     def caption_plainly():
         loaded, tokens = load(), torch.full((B, 1), bos, device=device)
         for _ in range(n_words):
-            logits = plain.write(tokens, plain.look(loaded))
+            logits = plain.logits(tokens, plain.encode_image(loaded))
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
         return tokens.tolist()
 

@@ -120,7 +120,7 @@ class GatedCrossAttention(nn.Module):
         self.mlp = MLP(n_embd)
         self.mlp_gate = nn.Parameter(torch.zeros(()))
 
-    def look(self, picture):
+    def image_kv(self, picture):
         """Keys and values of the pictures (B, S, C): (2, B, H, S, D). They are the same for every word, so they are computed once."""
         B, S, C = picture.shape
         kv = self.c_kv(picture).view(B, S, 2, self.n_head, C // self.n_head)
@@ -172,7 +172,7 @@ class Captioner(nn.Module):
             self.project = nn.Linear(width, C) if fusion == "linear" else QFormer(width, C, n_query, dropout)
             self.gated = nn.ModuleDict()
 
-    def place(self, process):
+    def to_process(self, process):
         """
         Moves to the device. Where matmuls run in bfloat16, the frozen matrices are kept in it: autocast remembers its copies of trained
         weights only, and would make those of the frozen ones anew for every batch and every word.
@@ -183,7 +183,7 @@ class Captioner(nn.Module):
                     p.data = p.data.bfloat16()
         return self.to(process.device)
 
-    def look(self, features, image_idx=None):
+    def encode_image(self, features, image_idx=None):
         """
         Features (B, S, W) -> what the GPT gets of them: keys and values for each gated block, or a prefix (R, P, C). image_idx (R,): which
         of the pictures each row of words is about; None = row i about picture i.
@@ -192,34 +192,34 @@ class Captioner(nn.Module):
         rows = slice(None) if image_idx is None else image_idx
         if not self.gated:
             return picture[rows]
-        return {layer: block.look(picture)[:, rows] for layer, block in self.gated.items()}
+        return {layer: block.image_kv(picture)[:, rows] for layer, block in self.gated.items()}
 
-    def hidden(self, idx, sight=None, kv_cache=None, weights=None):
+    def hidden(self, idx, image=None, kv_cache=None, weights=None):
         """Tokens idx (R, T), the next after those in the cache, and `look(features)` -> (R, T, C), of which `gpt.head` makes logits."""
-        P = sight.shape[1] if torch.is_tensor(sight) else 0
+        P = image.shape[1] if torch.is_tensor(image) else 0
         seen = kv_cache.pos if kv_cache else 0
         x = self.gpt.embed(idx, max(0, seen - P))  # the prefix has no positions of its own: the first word is at 0, as the GPT is used to
         if P and not seen:
-            x = torch.cat([sight.to(x.dtype), x], 1)  # (R, P+T, C)
+            x = torch.cat([image.to(x.dtype), x], 1)  # (R, P+T, C)
         for layer, block in enumerate(self.gpt.transformer.h):
-            if sight is not None and str(layer) in self.gated:
-                x = self.gated[str(layer)](x, sight[str(layer)], weights)
+            if image is not None and str(layer) in self.gated:
+                x = self.gated[str(layer)](x, image[str(layer)], weights)
             x = block(x, kv_cache, layer)
         if kv_cache:
             kv_cache.pos += x.shape[1]
         return x[:, -idx.shape[1]:]  # words only: nothing is predicted from the prefix but the first word, from BOS
 
-    def write(self, idx, sight=None, kv_cache=None):
+    def logits(self, idx, image=None, kv_cache=None):
         """The logits (R, T, V) of `hidden`."""
-        return self.gpt.head(self.hidden(idx, sight, kv_cache))
+        return self.gpt.head(self.hidden(idx, image, kv_cache))
 
     def forward(self, idx, features, targets, image_idx=None, weight=None):
         """
         The summed cross-entropy of targets (R, T), in nats; -100 marks padding. features=None leaves the GPT without a picture.
         weight (R,): how much each row counts, which scst sets.
         """
-        sight = None if features is None else self.look(features, image_idx)
-        return self.loss(self.hidden(idx, sight), targets, weight)
+        image = None if features is None else self.encode_image(features, image_idx)
+        return self.loss(self.hidden(idx, image), targets, weight)
 
     @torch.compiler.disable  # no two batches have equally many words: compiled, it would be compiled again and again
     def loss(self, x, targets, weight):
@@ -234,11 +234,11 @@ class Captioner(nn.Module):
         takes the likeliest word each time (temperature 0) or draws it, see `decode`; beam>1 takes the num best that `beam_search` finds.
         """
         B, copies = len(features), max(num, beam)
-        sight = self.look(features, torch.arange(B, device=features.device).repeat_interleave(copies))
-        P = sight.shape[1] if torch.is_tensor(sight) else 0
+        image = self.encode_image(features, torch.arange(B, device=features.device).repeat_interleave(copies))
+        P = image.shape[1] if torch.is_tensor(image) else 0
         kv_cache = KVCache(self.gpt.config, B * copies, P + 1 + max_new_tokens, self.gpt.lm_head.weight)
         start = torch.full((B * copies, 1), bos, device=features.device)
-        step = functools.partial(self.write, sight=sight, kv_cache=kv_cache)
+        step = functools.partial(self.logits, image=image, kv_cache=kv_cache)
         if beam > 1:
             return beam_search(step, kv_cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
         return decode(step, start, max_new_tokens, temperature, top_k, bos)[:, 1:]
@@ -340,19 +340,27 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
 
 
 @torch.no_grad()
-def perplexity(model, features, captions, process, sight="right", batch_size=32):
-    """exp of the total loss over the total tokens of all captions, given the right picture, a "wrong" one, or "none"."""
-    total_loss, total_tokens = 0.0, 0
-    for start in range(process.rank * batch_size, len(features), process.world_size * batch_size):
-        images = np.arange(start, min(start + batch_size, len(features)))
-        ends = captions.of_image[start:images[-1] + 2]
-        idx, targets = captions.batch(range(ends[0], ends[-1]), process.device)
-        image_idx = torch.from_numpy(np.repeat(images - start, np.diff(ends))).to(process.device)  # a picture is looked at once for all its captions
-        if sight == "wrong":
+def perplexity(model, features, captions, process, which_image="right", rows_at_once=160):
+    """
+    exp of the total loss over the total tokens of all captions, given each caption's own picture
+    ("right"), another one ("wrong") or no picture ("none"). A forward pass holds at most
+    rows_at_once captions; a picture is encoded once for all its captions in it.
+    """
+    total_loss, total_tokens, n_captions = 0.0, 0, len(captions.start) - 1
+    stride = process.world_size * rows_at_once
+    for first in range(process.rank * rows_at_once, n_captions, stride):
+        rows = np.arange(first, min(first + rows_at_once, n_captions))
+        idx, targets = captions.batch(rows, process.device)
+        image_of_row = np.searchsorted(captions.of_image, rows, side="right") - 1
+        images = np.arange(image_of_row[0], image_of_row[-1] + 1)
+        image_idx = torch.from_numpy(image_of_row - images[0]).to(process.device)
+        if which_image == "wrong":
             images = (images + len(features) // 2) % len(features)
-        seen = None if sight == "none" else read_features(features, images, process.device)
+        batch = None
+        if which_image != "none":
+            batch = read_features(features, images, process.device)
         with process.autocast():
-            total_loss += model(idx, seen, targets, image_idx).item()
+            total_loss += model(idx, batch, targets, image_idx).item()
         total_tokens += (targets >= 0).sum().item()
     total_loss, total_tokens = all_reduce_sum(process, total_loss, total_tokens)
     return math.exp(total_loss / total_tokens)
@@ -429,7 +437,7 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length):
     tokens = model.generate(features, tokenizer.eot_token, max_length)
     idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]  # what had been written when each word was chosen
     weights, plt = [], pyplot()
-    model.hidden(idx, model.look(features), weights=weights)
+    model.hidden(idx, model.encode_image(features), weights=weights)
     weights = torch.stack(weights).float().cpu()  # (blocks, B, T, S)
     best, grid = weights.std(2).mean((1, 2)).argmax(), math.isqrt(weights.shape[-1])
     rows = words_of(tokens, tokenizer)
@@ -490,7 +498,7 @@ def caption_pictures(named, path, process, temperature, top_k, num, beam):
     if fingerprint(eye) != checkpoint["weights"]:
         die(f"the weights of {was['encoder']} ({checkpoint['pretrained']}) are not those that {path} was trained with")
     eye.to(process.device)
-    model.place(process).eval()
+    model.to_process(process).eval()
     pictures, drawn, titles = read_pictures(named), [], []
     while batch := list(itertools.islice(pictures, 32)):
         features = encode(eye, [eye.prepare(picture) for _, picture in batch], process)
@@ -512,7 +520,7 @@ def caption_pictures(named, path, process, temperature, top_k, num, beam):
 # runs of several scripts: the built-in road, and all variants side by side
 
 
-def run(script, *words):
+def run_script(script, *words):
     """Runs one of our own scripts as a user would, and shows how."""
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # even where torchrun started us
@@ -543,7 +551,7 @@ def take_the_built_in_road(config):
         if os.path.exists(result):
             print(f"{result} is there already", flush=True)
         else:
-            run(*command.split())
+            run_script(*command.split())
     typed = " ".join(f"{k}={config[k]}" for k in (*SHAPES_PRESET, "fusion", "every"))
     print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed}", flush=True)
 
@@ -553,7 +561,7 @@ def compare_variants(folder, words, split):
     rows, curves = [], {"perplexity": {}, "CIDEr": {}}
     for kind, n in VARIANTS:
         mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
-        run("train_caption.py", *words, f"fusion={kind}", f"every={n}", f"out_dir={mine}")
+        run_script("train_caption.py", *words, f"fusion={kind}", f"every={n}", f"out_dir={mine}")
         with open(f"{mine}/results.json") as f:
             rows.append(json.load(f))
         for column in curves:
@@ -629,8 +637,8 @@ if __name__ == "__main__":
         die(f"this would overwrite {out_dir}, the run that it starts from: give it an out_dir= of its own")
     train_images, train_said = load_captions(data, "train2017")
     images, references = load_captions(data, split)
-    train_features, about = load_features(data, encoder, "train2017", len(train_images), train_images)
-    val_features, val_about = load_features(data, encoder, split, len(images), images)
+    train_features, about = load_features(data, encoder, "train2017", train_images)
+    val_features, val_about = load_features(data, encoder, split, images)
     if about.get("weights") != val_about.get("weights"):
         die(f"the {encoder} features of train2017 and {split} were made with different weights: delete the wrong ones and encode again")
     S, W = train_features.shape[1:]
@@ -657,7 +665,7 @@ if __name__ == "__main__":
     gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
     if gpt_config.vocab_size != tokenizer.n_vocab:
         die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our checkpoints")
-    model.place(process)
+    model.to_process(process)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters()) + about.get("parameters", 0)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (0.9, beta2))
@@ -755,7 +763,7 @@ if __name__ == "__main__":
         if rank == 0:
             print(f"stopped at step {step}; the same command with init_from=resume goes on")
         finish(process)
-    without, wrong = (perplexity(model, val_features, val_captions, process, sight) for sight in ("none", "wrong"))
+    without, wrong = (perplexity(model, val_features, val_captions, process, which_image) for which_image in ("none", "wrong"))
     table = {"greedy": scores}
     if single_reference:
         table["greedy, one reference"] = published_protocol(said, references, seed)
