@@ -1,46 +1,50 @@
 """
-Pictures with captions, and the frozen eye that looks at them. A data set is a folder laid out as COCO 2017 is:
+Images with captions, and the frozen image encoder that turns every image into features, once.
+A data set is a folder laid out as COCO 2017 is:
 
-    annotations/captions_{train2017,val2017}.json    five captions a picture, written by people; test2017 where there is one
+    annotations/captions_{train2017,val2017}.json   captions by people; test2017 where there is one
     train2017/*.jpg  val2017/*.jpg
-    features/{encoder}_{split}.npy                   what the encoder sees: float16 (pictures, tokens, width),
-                                                     row i = i-th entry of the json's "images"; beside it, a .json of what made it
+    features/{encoder}_{split}.npy                  float16 (images, tokens, width): row i belongs
+                                                    to the i-th entry of the json's "images"
+    features/{encoder}_{split}.json                 metadata: which encoder, weights and images
 
-    python coco.py                                             # downloads COCO (19 GB), encodes it with CLIP ViT-B/32 (9.5 GB)
-    python coco.py data=myphotos                               # encodes any folder laid out like this
-    python coco.py data=data/risc risc_csv=risc/captions.csv   # brings RISC's aerial pictures into this layout, and encodes them
-    python coco.py data=data/ucm karpathy_json=ucm/dataset_ucm.json              # ... or a data set in Karpathy's format
-    python coco.py karpathy_split=dataset_coco.json            # COCO in the splits that papers report on: data/coco2017_karpathy
-    python coco.py data=data/shapes shapes=8000 encoder=none   # draws a data set instead: 8,000 small scenes, in seconds
-    python coco.py data=data/shapes encoder=tagger             # ... and encodes it with an eye of our own, taught in half a minute
-    python coco.py data=myphotos eda=True                      # what is in it: a table and a figure
+    python coco.py                                  # COCO: 19 GB to download, 9.5 GB of features
+    python coco.py data=photos                      # encodes any folder laid out like this
+    python coco.py data=data/risc risc_csv=risc/captions.csv             # converts RISC, encodes it
+    python coco.py data=data/ucm karpathy_json=ucm/dataset_ucm.json      # or Karpathy's format
+    python coco.py karpathy_split=dataset_coco.json # COCO in the splits that papers report on
+    python coco.py data=data/shapes shapes=8000 encoder=none             # draws 8,000 small scenes
+    python coco.py data=data/shapes encoder=tagger  # trains a small encoder (30 s), encodes them
+    python coco.py data=photos eda=True             # a table and a figure of what the set holds
 
-What was interrupted goes on where it stopped when the same command is run again. One GPU is enough: the cores that decode the pictures
-set the pace. COCO_ENDPOINT names a mirror of images.cocodataset.org.
+The same command run again continues what was interrupted. One GPU is enough: the CPU cores, which
+decode the images, set the pace. COCO_ENDPOINT names a mirror of images.cocodataset.org.
 
-An encoder runs once: it is frozen, so what it sees of a picture never changes. Encoders: any ViT tower of open_clip
-(ViT-B-32: 50 tokens x 768), `tagger` (64 x 128, taught here, by the training captions alone, to notice what they speak of)
-and `patches` (64 x 194: the raw pixels). Features that another program wrote, such as squeezenet1_1's, are taken as they are.
+Encoders: a ViT of open_clip (ViT-B-32: 50 tokens x 768); `tagger` (64 x 128), trained here on the
+training captions alone; `patches` (64 x 194), the raw pixels. Features that another program wrote
+are used as they are.
 """
 import csv
 import difflib
 import filecmp
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
 import shutil
-import stat
 import sys
+import tempfile
 import textwrap
 import time
 import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -49,32 +53,32 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from fineweb import configure, die, download, save_atomically, print_settings
+from fineweb import configure, die, download, lock_folder, print_settings, save_atomically
 from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, setup
 from cider import read_captions, tokenize
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings: `python coco.py name=value` overrides any of them
 
-data = "data/coco2017"      # the data set's folder
-shapes = 0                  # >= 0: draw so many training scenes (and a twentieth of that for validation) instead of downloading
-risc_csv: str = None               # make the data set from this captions.csv and the folder resized/ beside it
-karpathy_json: str = None          # make the data set from this dataset_*.json
-pictures: str = None               # karpathy_json=: the folder of its pictures; looked for beside it if not given
-karpathy_split: str = None         # Karpathy's dataset_coco.json: regroup COCO 2017 as it says, in a folder of its own beside data
-encoder = "ViT-B-32"        # an open_clip model name, tagger, patches; none = make the data set, encode nothing
-pretrained = "openai"       # open_clip's tag of the weights, or a local weights file; none = random weights, to try the plumbing
-skip_bad = False            # pictures that can't be read: take them out of the json, instead of ending with their names
-batch_size = 128            # >= 1: pictures encoded at once
-teach_steps = 450           # >= 1: steps that the tagger is taught for
-eda = False                 # draw and tabulate the data set instead of encoding it, into out/
+data = "data/coco2017"      # folder of the data set
+shapes = 0                  # >= 0: draw this many training scenes, and a twentieth for validation
+risc_csv: str = None        # convert RISC: its captions.csv, with the folder resized/ beside it
+karpathy_json: str = None   # convert a data set in Karpathy's format: its dataset_*.json
+pictures: str = None        # the folder of the converted set's pictures; None = beside its file
+karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
+encoder = "ViT-B-32"        # tagger, patches or a model of open_clip; none = no features
+pretrained = "openai"       # open_clip's tag or a local file; none = random weights, for trials
+skip_bad = False            # remove unreadable pictures from the json, instead of ending with them
+batch_size = 128            # >= 1: images
+teach_steps = 450           # >= 1: training steps of the tagger
+eda = False                 # write a table and a figure of the data set into out/; encode nothing
 seed = 1337                 # >= 0
-device: str = None          # cuda, cpu, mps; None takes the best there is
-dtype: str = None           # one of bfloat16 | float32: bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
+device: str = None          # cuda, cpu, mps; None = the best there is
+dtype: str = None           # one of bfloat16 | float32: of matmuls; None = bfloat16 on CUDA
 
 SPLITS = ("train2017", "val2017")  # every data set has these; some have test2017 too
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reading a data set
 
 
@@ -83,19 +87,20 @@ def captions_file(data, split):
 
 
 def splits_of(data):
+    """The splits whose captions the folder holds."""
     return [split for split in (*SPLITS, "test2017") if os.path.exists(captions_file(data, split))]
 
 
 def load_captions(data, split):
     """
-    Returns (images, captions): the json's "images" entries, and for each the list of its captions, in the json's order.
-    Ends the run with one line if the folder or the file is not what it should be.
+    Returns (images, captions): the entries of the json's "images", and for each of them the list of
+    its captions. Ends the run with one line if the file is not what cider.read_captions expects.
     """
     path = captions_file(data, split)
     if not os.path.isdir(data):
         die(f"data={data}: no such folder")
     if not os.path.exists(path):
-        die(f"{path} is missing: {data} is not laid out as COCO 2017 is (see coco.py's docstring)")
+        die(f"{path} is missing: {data} is not laid out as COCO 2017 is (python coco.py --help)")
     try:
         images, captions = read_captions(path)
     except ValueError as problem:
@@ -105,404 +110,661 @@ def load_captions(data, split):
     return images, captions
 
 
+def image_files(data, split, images):
+    return [os.path.join(data, split, image["file_name"]) for image in images]
+
+
 def warn_overlap(data, split):
-    """Says on one line which pictures of `split` are pictures of train2017 too."""
-    seen = {}
-    for part in ("train2017", split):
-        folder = os.path.join(data, part)
-        files = {image["file_name"]: image["id"] for image in load_captions(data, part)[0]}
-        seen[part] = folder, files
-    (train_folder, train), (folder, held_out) = seen.values()
-    same = []
-    for name in train.keys() & held_out.keys():
-        pair = os.path.join(train_folder, name), os.path.join(folder, name)
-        if all(map(os.path.isfile, pair)) and filecmp.cmp(*pair, shallow=False):
-            same.append(name)
-    if same and split != "train2017":
-        print(f"CAUTION: {len(same):,} pictures of {split} are in train2017 too, such as {min(same)}: "
-              "their scores say nothing about new pictures", flush=True)
+    """Prints one line if pictures of `split` are in train2017 too: same name, same bytes."""
+    if split == "train2017":
+        return
+    train_names = {image["file_name"] for image in load_captions(data, "train2017")[0]}
+    shared = []
+    for image in load_captions(data, split)[0]:
+        name = image["file_name"]
+        train_file = os.path.join(data, "train2017", name)
+        file = os.path.join(data, split, name)
+        if name in train_names and os.path.isfile(train_file) and os.path.isfile(file):
+            if filecmp.cmp(train_file, file, shallow=False):
+                shared.append(name)
+    if shared:
+        print(f"CAUTION: {len(shared):,} pictures of {split} are in train2017 too, such as "
+              f"{shared[0]}: their scores say nothing about new pictures", flush=True)
 
 
 def save_json(path, content, indent=None):
-    """Writes `content` as json. NaN and infinity, which are not json, end the run with ValueError."""
+    """Writes `content` as json. NaN and infinity, which are not json, raise ValueError."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     text = json.dumps(content, indent=indent, allow_nan=False)
-    save_atomically(path, lambda f: f.write(text.encode()))
+    save_atomically(path, lambda file: file.write(text.encode()))
+
+
+def open_image(path, otherwise=die):
+    """
+    The picture in a file, as 8-bit RGB: turned upright, transparent parts over white, 16-bit and
+    float values scaled. If it can't be read, returns otherwise(one line that says so).
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "F" or image.mode.startswith("I"):
+                image = to_8_bits(image)
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as problem:  # broken files make Pillow raise errors of every kind
+        return otherwise(f"{path} is not a readable picture ({problem})")
+
+
+def to_8_bits(image):
+    """A picture of 16-bit, 32-bit or float values as 8-bit grey. Pillow would cut them at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if not np.isfinite(low + high):
+        raise ValueError("it holds values that are not finite")
+    ranges = [(0, 1)] if image.mode == "F" else [(0, 255), (0, 65535)]
+    for bottom, top in ranges:
+        if bottom <= low and high <= top:
+            low, high = bottom, top
+            break
+    scaled = (values - low) / max(high - low, 1e-300) * 255
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+# --------------------------------------------------------------------------------------------------
+# reading features
 
 
 def features_file(data, encoder, split):
     return os.path.join(data, "features", f"{encoder}_{split}.npy")
 
 
-def read_about(path):
-    """The sidecar of a features file: what made it, from what, and how far it is. Nothing if another program wrote the file."""
-    about = path.removesuffix(".npy") + ".json"
-    return json.load(open(about)) if os.path.exists(about) else {}
+def metadata_file(path):
+    return path.removesuffix(".npy") + ".json"
 
 
-def save_about(path, about):
-    save_json(path.removesuffix(".npy") + ".json", about)
+def read_metadata(path):
+    """What is known of a features file; {} if nothing is."""
+    if not os.path.exists(metadata_file(path)):
+        return {}
+    with open(metadata_file(path), encoding="utf-8") as file:
+        return json.load(file)
 
 
-def identity(images):
-    """What ties features to a json: how many pictures, and which, in which order."""
-    return dict(images=len(images), names=hashlib.sha256("\n".join(image["file_name"] for image in images).encode()).hexdigest())
+def manifest(images):
+    """Ties features to a json: how many images, and a hash of their names in this order."""
+    names = "\n".join(image["file_name"] for image in images)
+    return dict(images=len(images), names=hashlib.sha256(names.encode()).hexdigest())
+
+
+def open_features(path):
+    """A .npy file of features as a memory-mapped array (images, S tokens, W width)."""
+    try:
+        # "c": writable in memory only; torch warns about arrays that it may not write to
+        features = np.lib.format.open_memmap(path, mode="c")
+    except (ValueError, OSError, EOFError) as problem:
+        die(f"{path} is not a whole .npy file ({problem}): delete it and encode again")
+    if features.ndim != 3 or features.dtype.kind != "f":
+        die(f"{path} holds {features.dtype} of shape {features.shape}, but features are floats of "
+            "three dimensions: (images, tokens, width)")
+    return features
 
 
 def load_features(data, encoder, split, images):
     """
-    The features of a split, a memory-mapped (images, S tokens, W width) array, and what is known of
-    their encoder. images: the json's; they must be those that were encoded, in the same order.
+    Returns (features, metadata). images: the "images" of the json, in its order. features: a float
+    array (images, S tokens, W width), memory-mapped; row i belongs to images[i]. metadata: what
+    made them (encoder, weights, ...), and in which grid (rows, columns) the last tokens lie;
+    without these if another program made them.
+    Ends the run with one line if the features are incomplete, of other images, or not finite.
     """
-    path, command = features_file(data, encoder, split), f"`python coco.py data={data} encoder={encoder}`"
-    about = read_about(path)
+    path = features_file(data, encoder, split)
+    command = f"`python coco.py data={data} encoder={encoder}`"
+    metadata = read_metadata(path)
     if not os.path.exists(path):
-        if not (about and os.path.exists(path + ".part")):
-            die(f"{path} is missing: make it with {command}")
-        done = about["done"] - len(about["bad"])
-        die(f"{path} is not finished: {done:,} of {about['images']:,} pictures are encoded; {command} goes on")
-    try:
-        features = np.load(path, mmap_mode="c")  # in memory it may be written to, else torch would warn
-    except (ValueError, OSError, EOFError) as problem:
-        die(f"{path} is not a whole .npy file ({problem}): delete it and run {command}")
-    if features.ndim != 3 or len(features) != len(images):
-        die(f"{path} has shape {features.shape}, but the captions of {split} belong to {len(images)} images: encode again, or use its own json")
-    if about and about["names"] != identity(images)["names"]:
-        die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in another order: delete it and run {command}")
-    if not about and os.environ.get("RANK", "0") == "0":
-        print(f"{path} is taken as it is: no .json beside it says what made it")
-    return features, about
+        if os.path.exists(path + ".part") and metadata:
+            done = metadata["done"] - len(metadata["bad"])
+            die(f"{path} is not finished: {done:,} of {metadata['images']:,} pictures are encoded; "
+                f"{command} continues")
+        die(f"{path} is missing: make it with {command}")
+    features = open_features(path)
+    if len(features) != len(images):
+        die(f"{path} is of {len(features)} images, but {captions_file(data, split)} names "
+            f"{len(images)} images: delete it and run {command}")
+    if metadata.get("names", manifest(images)["names"]) != manifest(images)["names"]:
+        die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in "
+            f"another order: delete it and run {command}")
+    train_path = features_file(data, encoder, "train2017")
+    if os.path.exists(train_path):
+        train_shape = open_features(train_path).shape[1:]
+        if train_shape != features.shape[1:]:
+            die(f"{path} has {features.shape[1:]} (tokens, width) for each image, but {train_path} "
+                f"has {train_shape}: both must come from one encoder")
+    first_process = os.environ.get("RANK", "0") == "0"
+    if "encoder" not in metadata and first_process:
+        print(f"{path} is used as it is: no metadata beside it says what made it")
+    if not features.dtype.isnative:
+        features = features.astype(features.dtype.newbyteorder("="))
+    # all of COCO is 9 GB: the metadata remembers for which version of the file this was done
+    version = os.stat(path).st_mtime_ns
+    if metadata.get("finite") != version:
+        check_finite_features(path, features, images)
+        if first_process:
+            remember_finite(path, metadata, version)
+    return features, metadata
 
 
-def open_image(path, otherwise=die):
-    """An RGB picture, turned upright. If it can't be read, what `otherwise` makes of one line that says so."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as problem:  # there is no end to the errors that broken bytes lead Pillow to
-        return otherwise(f"{path} is not a readable picture ({problem})")
+def check_finite_features(path, features, images):
+    for start in range(0, len(features), 256):
+        finite = np.isfinite(features[start:start + 256]).all((1, 2))
+        if not finite.all():
+            row = start + int(finite.argmin())
+            die(f"{path}: row {row}, the features of {images[row]['file_name']}, holds NaN or "
+                "infinity: delete it and encode again")
 
 
-def prepare(eye, path):
-    """What an encoder takes of a picture, a tensor, or, if it can't be read, one line that says so, a string."""
-    picture = open_image(path, otherwise=str)
-    return picture if isinstance(picture, str) else eye.prepare(picture)
+def remember_finite(path, metadata, version):
+    # another run may do the same at this moment; where nothing may be written, it is done each time
+    temporary = f"{metadata_file(path)}.{os.getpid()}"
+    with suppress(OSError):
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(metadata | dict(finite=version), file)
+        os.replace(temporary, metadata_file(path))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# COCO itself
+# --------------------------------------------------------------------------------------------------
+# COCO's download
 
-COCO_ZIPS = dict(annotations="annotations/annotations_trainval2017.zip", train2017="zips/train2017.zip", val2017="zips/val2017.zip")
+COCO_ZIPS = dict(annotations="annotations/annotations_trainval2017.zip",
+                 train2017="zips/train2017.zip", val2017="zips/val2017.zip")
 
 
 def need_space(folder, n_bytes, what):
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
-        die(f"{what} needs {n_bytes / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are free: make room, or take another data=")
+        die(f"{what} needs {n_bytes / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are "
+            "free: make room, or take another data=")
 
 
 def missing_pictures(data, split):
-    """The pictures of a split that its json names and its folder has not."""
+    """The names of the pictures that the json names and the folder lacks."""
     folder = os.path.join(data, split)
-    have = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    return [image["file_name"] for image in load_captions(data, split)[0] if image["file_name"] not in have]
+    present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    names = [image["file_name"] for image in load_captions(data, split)[0]]
+    return [name for name in names if name not in present]
 
 
 def download_coco(data):
     """
-    Fetches and unpacks what is not there yet of COCO 2017: 118,287 training and 5,000 validation pictures. The zip of the annotations comes
-    first and is removed last, and with it the sign that there is work left.
+    Downloads and unpacks what is missing of COCO 2017: 118,287 training and 5,000 validation
+    pictures. The zip of the annotations comes first and is deleted last: as long as it is there,
+    something is left to do.
     """
     import requests
 
-    lacking = [split for split in SPLITS if split not in splits_of(data) or missing_pictures(data, split)]
-    if not lacking:
-        return  # whole: the zip files that lie about are somebody's
+    incomplete = []
+    for split in SPLITS:
+        if split not in splits_of(data) or missing_pictures(data, split):
+            incomplete.append(split)
+    if not incomplete:
+        return
     endpoint = os.environ.get("COCO_ENDPOINT", "http://images.cocodataset.org").rstrip("/")
-    print(f"{data} holds no whole data set: COCO 2017 is downloaded there, from {endpoint}", flush=True)
+    print(f"{data} holds no complete data set: COCO 2017 is downloaded from {endpoint}", flush=True)
     os.makedirs(data, exist_ok=True)
-    urls = {part: f"{endpoint}/{COCO_ZIPS[part]}" for part in ("annotations", *lacking)}
+    urls = {part: f"{endpoint}/{COCO_ZIPS[part]}" for part in ("annotations", *incomplete)}
+    sizes = []
     try:
-        sizes = [int(requests.head(url, timeout=30, allow_redirects=True).headers.get("Content-Length", 0)) for url in urls.values()]
+        for url in urls.values():
+            answer = requests.head(url, timeout=30, allow_redirects=True)
+            sizes.append(int(answer.headers.get("Content-Length", 0)))
     except requests.RequestException as problem:
-        die(f"{endpoint} does not answer ({type(problem).__name__}): try again later, or name a mirror in COCO_ENDPOINT")
-    here = [file for pattern in ("*2017.zip*", *(f"{split}/*" for split in lacking)) for file in glob.glob(os.path.join(data, pattern))]
-    need_space(data, sum(sizes) + max(sizes) - sum(map(os.path.getsize, here)), "COCO, the largest zip beside what comes out of it,")
+        die(f"{endpoint} does not answer ({type(problem).__name__}): try again later, or name a "
+            "mirror in COCO_ENDPOINT")
+    # the most is needed when all is unpacked but for the largest zip, which is still there
+    present = glob.glob(os.path.join(data, "*2017.zip*"))
+    for split in incomplete:
+        present += glob.glob(os.path.join(data, split, "*"))
+    needed = sum(sizes) + max(sizes) - sum(os.path.getsize(file) for file in present)
+    need_space(data, needed, "COCO, with its largest zip,")
     for part, url in urls.items():
         path = download(url, os.path.join(data, os.path.basename(url)))
-        unpack(path, data, "annotations/captions_" if part == "annotations" else f"{part}/")
-        if part in SPLITS:
-            if lost := missing_pictures(data, part):
-                die(f"{path} lacks {len(lost):,} of the pictures in {captions_file(data, part)}, such as {lost[0]}: delete it and run this again")
-            os.remove(path)
+        if part == "annotations":
+            unpack(path, data, "annotations/captions_")
+            continue
+        unpack(path, data, f"{part}/")
+        missing = missing_pictures(data, part)
+        if missing:
+            die(f"{path} lacks {len(missing):,} of the pictures in {captions_file(data, part)}, "
+                f"such as {missing[0]}: delete it and run the same command again")
+        os.remove(path)
     os.remove(os.path.join(data, os.path.basename(urls["annotations"])))
 
 
-def unpack(path, data, start):
-    """Extracts those members of a zip whose names begin with `start`. What is there already in its full size is left alone."""
+def unpack(path, data, prefix):
+    """Extracts the files of a zip whose names begin with `prefix`, but for those already there."""
+    os.makedirs(data, exist_ok=True)
     try:
-        with zipfile.ZipFile(path) as z:
-            for member in z.infolist():  # ../../.bashrc, or a link to such a place, would be written outside the folder
-                parts = member.filename.replace("\\", "/").split("/")
-                if ".." in parts or not parts[0] or ":" in parts[0] or stat.S_ISLNK(member.external_attr >> 16):
-                    die(f"{path} is not COCO's: its member {member.filename!r} would be written outside {data}. Nothing was unpacked; delete it")
-            wanted = [member for member in z.infolist() if member.filename.startswith(start) and not member.is_dir()]
-            for member in tqdm(wanted, desc=f"unpacking {start}", mininterval=1):
+        with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=data) as temporary:
+            for member in tqdm(archive.infolist(), desc=f"unpacking {prefix}", mininterval=1):
                 target = os.path.join(data, member.filename)
+                if member.is_dir() or not member.filename.startswith(prefix):
+                    continue
                 if os.path.exists(target) and os.path.getsize(target) == member.file_size:
                     continue
+                # extract checks the CRC, and keeps names such as ../../evil inside `temporary`
+                extracted = archive.extract(member, temporary)
+                target = os.path.join(data, os.path.relpath(extracted, temporary))
                 os.makedirs(os.path.dirname(target), exist_ok=True)
-                with z.open(member) as content:  # reading to the end checks the member's CRC
-                    save_atomically(target, lambda f: shutil.copyfileobj(content, f))
+                os.replace(extracted, target)
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
         die(f"{path} is damaged ({problem}): delete it and run the same command again")
+    except OSError as problem:
+        die(f"{path} could not be unpacked ({problem}): make room and run the same command again")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# other people's data sets, brought into COCO's layout
+# --------------------------------------------------------------------------------------------------
+# conversion of other data sets into COCO's layout
 
-SPLIT_NAMES = dict(train="train2017", restval="train2017", val="val2017", test="test2017")  # restval: what COCO's val had left over
+# restval: what COCO's validation pictures had left over
+SPLIT_NAMES = dict(train="train2017", restval="train2017", val="val2017", test="test2017")
 
 
-def read_entries(path, pictures=""):
+def folder_beside(path, *names):
+    """The first of the folders `names` that stands beside the file `path`; else the file's own."""
+    beside = os.path.dirname(path)
+    for name in names:
+        if os.path.isdir(os.path.join(beside, name)):
+            return os.path.join(beside, name)
+    return beside
+
+
+def read_risc(path, pictures=None):
     """
-    (split, id, path of the picture, captions) of all pictures that RISC's captions.csv (split, image, caption_1 ... caption_5) or one of
-    Karpathy's dataset_*.json names. They lie in the folder `pictures`, or else beside the file, in a folder of one of the usual names.
+    RISC's captions.csv (split, image, caption_1 ... caption_5) as a list of
+    (split, image id, path of the picture, captions).
     """
-    beside, name = os.path.dirname(path), os.path.basename(path).removeprefix("dataset_").removesuffix(".json")
-    usual = ("resized",) if path.endswith(".csv") else (f"{name.upper()}_images", f"{name}_images", name, "images", "imgs")
-    folder = pictures or next(filter(os.path.isdir, (os.path.join(beside, folder) for folder in usual)), beside)
+    folder = pictures or folder_beside(path, "resized")
+    entries = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            if path.endswith(".csv"):
-                return [(row["split"], number, os.path.join(folder, row["image"]), [row[f"caption_{k}"] for k in range(1, 6)])
-                        for number, row in enumerate(csv.DictReader(f), 1)]
-            return [(image["split"], image.get("cocoid", number), os.path.join(folder, image.get("filepath", ""), image["filename"]),
-                     [sentence["raw"] for sentence in image["sentences"]]) for number, image in enumerate(json.load(f)["images"], 1)]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        die(f"{path} is neither RISC's captions.csv nor one of Karpathy's dataset_*.json ({type(problem).__name__}: {problem})")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            for number, row in enumerate(rows, 1):
+                # DictReader puts surplus fields under the key None, and None into missing fields
+                if None in row or None in row.values():
+                    die(f"{path}, line {rows.line_num}: it needs {len(rows.fieldnames)} fields, as "
+                        'the header has; a caption with a comma must stand in quotes: "a, b"')
+                captions = [row[f"caption_{k}"] for k in range(1, 6)]
+                picture = os.path.join(folder, row["image"])
+                entries.append((row["split"], number, picture, captions))
+    except (OSError, ValueError, KeyError, csv.Error) as problem:
+        die(f"{path} is not RISC's captions.csv ({type(problem).__name__}: {problem})")
+    return entries
+
+
+def read_karpathy(path, pictures=None):
+    """One of Karpathy's dataset_*.json, likewise as (split, image id, path, captions)."""
+    name = os.path.basename(path).removeprefix("dataset_").removesuffix(".json")
+    usual_names = (f"{name.upper()}_images", f"{name}_images", name, "images", "imgs")
+    folder = pictures or folder_beside(path, *usual_names)
+    entries = []
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            images = json.load(file)["images"]
+        # COCO's own ids, if all have one: else they could meet the numbers of the others
+        has_ids = all("cocoid" in image for image in images)
+        for number, image in enumerate(images, 1):
+            picture = os.path.join(folder, image.get("filepath", ""), image["filename"])
+            captions = [sentence["raw"] for sentence in image["sentences"]]
+            image_id = image["cocoid"] if has_ids else number
+            entries.append((image["split"], image_id, picture, captions))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        die(f"{path} is not one of Karpathy's dataset_*.json ({type(problem).__name__}: {problem})")
+    return entries
 
 
 def convert(entries, data):
     """
-    Writes what read_entries returns as a data set in the folder `data`. Pictures are hard links to the originals where the file system can,
-    and take no space. Those that are not there or have no caption are left out, counted and said.
+    Writes what read_risc and read_karpathy return as a data set in the folder `data`. Its pictures
+    are hard links, where the file system has them. Pictures that are missing or have no caption are
+    left out and counted. Nothing is written if the entries are not a data set.
     """
-    sets, left_out = {}, []
-    for split, number, path, captions in tqdm(entries, desc="converting", mininterval=1):
+    sets, files, left_out, n_empty = {}, {}, [], 0
+    for split, image_id, path, captions in entries:
         if split not in SPLIT_NAMES:
             die(f"{path} is of the split {split!r}; known are {', '.join(SPLIT_NAMES)}")
-        captions = [caption.strip() for caption in captions if caption and caption.strip()]
-        if not captions or not os.path.isfile(path):
+        for caption in captions:
+            if not isinstance(caption, str):
+                die(f"{path}: a caption of it is {caption!r}, not text")
+        texts = [caption.strip() for caption in captions if caption.strip()]
+        n_empty += len(captions) - len(texts)
+        if not texts or not os.path.isfile(path):
             left_out.append(path)
             continue
-        images, annotations = sets.setdefault(SPLIT_NAMES[split], ([], []))
-        images.append(dict(id=number, file_name=os.path.basename(path)))
-        annotations += [dict(id=len(annotations) + k, image_id=number, caption=caption) for k, caption in enumerate(captions, 1)]
-        target = os.path.join(data, SPLIT_NAMES[split], os.path.basename(path))
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        if not os.path.exists(target):
-            try:
-                os.link(path, target)
-            except OSError:  # another disk, or one that knows no links
-                shutil.copyfile(path, target + ".tmp")
-                os.replace(target + ".tmp", target)
-    if left_out:
-        print(f"{len(left_out):,} of {len(entries):,} pictures are not there or have no caption, and are left out, such as {left_out[0]}")
+        split = SPLIT_NAMES[split]
+        content = sets.setdefault(split, dict(images=[], annotations=[]))
+        content["images"].append(dict(id=image_id, file_name=os.path.basename(path)))
+        for caption in texts:
+            number = len(content["annotations"]) + 1
+            content["annotations"].append(dict(id=number, image_id=image_id, caption=caption))
+        files.setdefault(split, []).append(path)
+    if left_out or n_empty:
+        print(f"left out: {n_empty:,} empty captions, and {len(left_out):,} of {len(entries):,} "
+              f"pictures, which are missing or have no caption {left_out[:1]}")
     if "train2017" not in sets:
-        die("there is no picture to train on: say where they are with pictures=FOLDER")
-    for split, (images, annotations) in sets.items():
-        if twice := [name for name, times in Counter(image["file_name"] for image in images).items() if times > 1]:
-            die(f"{len(twice):,} names stand for several pictures of {split}, such as {twice[0]}: they can't lie in one folder")
-        save_json(captions_file(data, split), dict(images=images, annotations=annotations))
+        die("there is no picture to train on: name their folder with pictures=")
+    for split, content in sets.items():
+        for key in ("id", "file_name"):
+            values = Counter(str(image[key]) for image in content["images"])
+            value, times = values.most_common(1)[0]
+            if times > 1:
+                die(f"{times} pictures of {split} have the {key} {value}: each needs its own")
+    for split, paths in files.items():
+        folder = os.path.join(data, split)
+        os.makedirs(folder, exist_ok=True)
+        for path in tqdm(paths, desc=f"converting {split}", mininterval=1):
+            target = os.path.join(folder, os.path.basename(path))
+            if not os.path.exists(target):
+                try:
+                    os.link(path, target)
+                except OSError:  # another disk, or a file system without links
+                    shutil.copyfile(path, target + ".tmp")
+                    os.replace(target + ".tmp", target)
+    # the captions come last, train and val after test: once they are there, all is there
+    for split in sorted(sets):
+        save_json(captions_file(data, split), sets[split])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the built-in scenes: one or two objects, each with a size, a colour and a shape, and how they stand to each other
+# --------------------------------------------------------------------------------------------------
+# the built-in scenes: one or two objects, each of a size, a colour and a shape, and where they are
 
 SIZES = dict(small=6.5, large=13.0)  # radius in pixels, of a picture of 64 x 64
-COLOURS = dict(red=(214, 40, 40), green=(44, 160, 64), blue=(40, 90, 220), yellow=(245, 200, 30), purple=(140, 60, 180), black=(30, 30, 34))
-SHAPES = dict(  # outlines in units of the radius
-    circle=[(math.cos(a * math.pi / 20), math.sin(a * math.pi / 20)) for a in range(40)],
+SIZE_WORDS = dict(small=("small", "little"), large=("large", "big"))
+COLOURS = dict(red=(214, 40, 40), green=(44, 160, 64), blue=(40, 90, 220),
+               yellow=(245, 200, 30), purple=(140, 60, 180), black=(30, 30, 34))
+
+
+
+def star_corner(k):
+    radius = 0.42 if k % 2 else 1.0
+    return radius * math.sin(math.pi * k / 5), -radius * math.cos(math.pi * k / 5)
+
+
+# corners (x, y) in units of the radius; y points down
+SHAPES = dict(
+    circle=[(math.cos(k * math.pi / 20), math.sin(k * math.pi / 20)) for k in range(40)],
     square=[(-.88, -.88), (.88, -.88), (.88, .88), (-.88, .88)],
     triangle=[(0, -1), (.95, .8), (-.95, .8)],
-    star=[((1, .42)[k % 2] * math.sin(math.pi * k / 5), -(1, .42)[k % 2] * math.cos(math.pi * k / 5)) for k in range(10)],
-    cross=[(.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33), (-.33, -1)],
+    star=[star_corner(k) for k in range(10)],
+    cross=[(.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1),
+           (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33), (-.33, -1)],
 )
-PLACES = dict(left=("on the left", "left of", -1, 0), right=("on the right", "right of", 1, 0),
-              top=("at the top", "above", 0, -1), bottom=("at the bottom", "below", 0, 1), middle=("in the middle", "", 0, 0))
+# place: (where in the picture, where seen from another object, dx, dy)
+PLACES = dict(
+    left=("on the left", "left of", -1, 0),
+    right=("on the right", "right of", 1, 0),
+    top=("at the top", "above", 0, -1),
+    bottom=("at the bottom", "below", 0, 1),
+    middle=("in the middle", "", 0, 0),
+)
 OPPOSITE = dict(left="right", right="left", top="bottom", bottom="top")
-WORDS = dict(small=("small", "little"), large=("large", "big"))  # what people call the sizes
-ONE_OBJECT = ("{a} {here}", "there is {a} {here}", "a picture of {a} {here}", "{here} is {a}", "you can see {a} {here}", "just {a} , {here}")
-TWO_OBJECTS = ("{a} {left_of} {b}", "there is {a} {left_of} {b}", "a picture of {a} {left_of} {b}", "{here} is {a} and {there} is {b}",
-               "{a} {here} and {b} {there}", "you can see {a} and {right_of} it {b}")
+ONE_OBJECT = (
+    "{a} {here}",
+    "there is {a} {here}",
+    "a picture of {a} {here}",
+    "{here} is {a}",
+    "you can see {a} {here}",
+    "just {a} , {here}",
+)
+TWO_OBJECTS = (
+    "{a} {left_of} {b}",
+    "there is {a} {left_of} {b}",
+    "a picture of {a} {left_of} {b}",
+    "{here} is {a} and {there} is {b}",
+    "{a} {here} and {b} {there}",
+    "you can see {a} and {right_of} it {b}",
+)
 
 
 def true_captions(scene):
     """
-    All that can truly be said of a scene in our language: a list, one for each sentence pattern, of captions.
-    scene: {"objects": [[size, colour, shape], ...], "place": where the first object is, in the picture or as seen from the second}.
+    All true captions of a scene, as a list of lists: one list for each sentence pattern.
+    scene: {"objects": [[size, colour, shape], ...], "place": where the first object is, in the
+    picture or as seen from the second object}.
     """
-    names = [[f"a {word} {colour} {shape}" for word in WORDS[size]] for size, colour, shape in scene["objects"]]
+    names = []
+    for size, colour, shape in scene["objects"]:
+        names.append([f"a {word} {colour} {shape}" for word in SIZE_WORDS[size]])
     place = scene["place"]
     if len(names) == 1:
-        return [[pattern.format(a=a, here=PLACES[place][0]) for a in names[0]] for pattern in ONE_OBJECT]
-    views = [(names[0], names[1], place), (names[1], names[0], OPPOSITE[place])]  # either object may come first
-    return [[pattern.format(a=a, b=b, here=PLACES[p][0], there=PLACES[OPPOSITE[p]][0], left_of=PLACES[p][1], right_of=PLACES[OPPOSITE[p]][1])
-             for first, second, p in views for a in first for b in second] for pattern in TWO_OBJECTS]
+        here = PLACES[place][0]
+        return [[pattern.format(a=a, here=here) for a in names[0]] for pattern in ONE_OBJECT]
+    fillings = []  # of the gaps in a pattern
+    for first, second, here in ((names[0], names[1], place), (names[1], names[0], OPPOSITE[place])):
+        there = OPPOSITE[here]
+        for a, b in itertools.product(first, second):
+            fillings.append(dict(a=a, b=b, here=PLACES[here][0], there=PLACES[there][0],
+                                 left_of=PLACES[here][1], right_of=PLACES[there][1]))
+    return [[pattern.format(**filling) for filling in fillings] for pattern in TWO_OBJECTS]
 
 
 def fraction_right(images, captions):
-    """The share of captions that are right in every word: size, colour, shape and place of every object. None without scenes."""
+    """
+    The share of captions that are right in every word: size, colour, shape and place.
+    images: entries of the json; captions: one string for each. None if they are not drawn scenes.
+    """
     if not images or "scene" not in images[0]:
         return None
-    right = [any(said in pattern for pattern in true_captions(image["scene"])) for image, said in zip(images, captions)]
-    return sum(right) / len(right)
+    right = 0
+    for image, caption in zip(images, captions):
+        right += any(caption in pattern for pattern in true_captions(image["scene"]))
+    return right / len(captions)
 
 
 def random_scene(rng):
-    objects = [[rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(list(SHAPES))] for _ in range(rng.choice((1, 2, 2, 2)))]
-    if len(objects) == 1:
-        return dict(objects=objects, place=rng.choice(list(PLACES)))
-    return random_scene(rng) if objects[0] == objects[1] else dict(objects=objects, place=rng.choice(("left", "top")))
+    while True:
+        objects = []
+        for _ in range(rng.choice((1, 2, 2, 2))):
+            size, colour = rng.choice(list(SIZES)), rng.choice(list(COLOURS))
+            objects.append([size, colour, rng.choice(list(SHAPES))])
+        if len(objects) == 1:
+            return dict(objects=objects, place=rng.choice(list(PLACES)))
+        if objects[0] != objects[1]:
+            return dict(objects=objects, place=rng.choice(("left", "top")))
+
+
+def is_held_out(scene):
+    """
+    True for a tenth of all possible scenes: those of validation. One of its captions stands for the
+    scene, the same one for either order of the objects.
+    """
+    return random.Random(min(true_captions(scene)[0])).random() < 0.1
+
+
+def place_objects(rng, radii, place):
+    """The centres (x, y) of one or two objects, at random within what `place` says."""
+    _, _, dx, dy = PLACES[place]
+    if len(radii) == 1:
+        return [(32 + dx * 16 + rng.uniform(-3, 3), 32 + dy * 16 + rng.uniform(-3, 3))]
+    # each object stays in its half of the picture; its depth is its distance from the outer edge
+    depths = [rng.uniform(radius + 1, 31 - radius) for radius in radii]
+    # the line through both centres is nearly parallel to an axis
+    middle, slant = rng.uniform(16, 48), rng.uniform(-5, 5)
+    centres = []
+    for depth, radius, direction in zip(depths, radii, (1, -1)):
+        along = depth if direction * (dx + dy) < 0 else 64 - depth
+        across = min(max(middle + direction * slant, radius + 1), 63 - radius)
+        centres.append((along, across) if dx else (across, along))
+    return centres
 
 
 def draw_scene(rng, scene):
-    """A 64 x 64 picture of the scene; where exactly, how large and which tint is left to chance."""
+    """The scene as a 64 x 64 picture; exact places, sizes and tints are random."""
     radii = [SIZES[size] * rng.uniform(0.9, 1.1) for size, _, _ in scene["objects"]]
-    _, _, dx, dy = PLACES[scene["place"]]
-    if len(radii) == 1:
-        centres = [(32 + dx * 16 + rng.uniform(-3, 3), 32 + dy * 16 + rng.uniform(-3, 3))]
-    else:  # along the axis of the relation each keeps to its half of the picture; across it the two nearly line up
-        depth = [rng.uniform(r + 1, 31 - r) for r in radii]  # of each centre, from the edge on its side
-        along = [d if side < 0 else 64 - d for d, side in zip(depth, (dx + dy, -dx - dy))]
-        line, slant = rng.uniform(16, 48), rng.uniform(-5, 5)
-        across = [min(max(line + side * slant, r + 1), 63 - r) for side, r in zip((1, -1), radii)]
-        centres = [(along[k], across[k]) if dx else (across[k], along[k]) for k in (0, 1)]
-    fine = 4  # drawn four times too large and shrunk, for smooth edges
-    picture = Image.new("RGB", (64 * fine, 64 * fine), tuple(rng.randint(225, 255) for _ in range(3)))
+    centres = place_objects(rng, radii, scene["place"])
+    # drawn four times as large and shrunk: smooth edges
+    scale = 4
+    background = tuple(rng.randint(225, 255) for _ in range(3))
+    picture = Image.new("RGB", (64 * scale, 64 * scale), background)
     pen = ImageDraw.Draw(picture)
-    for (x, y), r, (_, colour, shape) in zip(centres, radii, scene["objects"]):
-        fill = tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in COLOURS[colour])
-        pen.polygon([((x + r * u) * fine, (y + r * v) * fine) for u, v in SHAPES[shape]], fill=fill)
+    for (x, y), radius, (_, colour, shape) in zip(centres, radii, scene["objects"]):
+        tint = tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in COLOURS[colour])
+        corners = [((x + radius * u) * scale, (y + radius * v) * scale) for u, v in SHAPES[shape]]
+        pen.polygon(corners, fill=tint)
     return picture.resize((64, 64), Image.BOX)
 
 
 def draw_shapes(data, n_train, seed, n_objects=None, style=None):
     """
-    Writes a data set of scenes in COCO's layout, and train_captions.txt with the training captions alone. `n_objects` keeps only scenes of so many;
-    `style(rng, picture, captions)` may return another picture and other captions.
-    A tenth of all possible scenes (what is in them and where, in either order) is kept for validation: none of those is ever trained on.
+    Writes a data set of n_train scenes, and a twentieth of that for validation, in COCO's layout;
+    also train_captions.txt, the training captions alone. No scene of validation is trained on.
+    n_objects: only scenes of that many objects. style(rng, picture, captions) may return another
+    picture and other captions.
     """
-    rng, counts = random.Random(seed), dict(train2017=n_train, val2017=max(1, n_train // 20))
-    sets = {split: dict(info=dict(description="shapes: scenes drawn by coco.py"), images=[], annotations=[]) for split in SPLITS}
+    rng = random.Random(seed)
+    counts = dict(train2017=n_train, val2017=max(1, n_train // 20))
+    first_ids = dict(train2017=(1, 1), val2017=(1_000_001, 10_000_001))  # of images, of captions
+    sets = {}
     for split in SPLITS:
         os.makedirs(os.path.join(data, split), exist_ok=True)
+        info = dict(description="shapes: scenes drawn by coco.py")
+        sets[split] = dict(info=info, images=[], annotations=[])
     bar = tqdm(total=sum(counts.values()), desc="drawing scenes", mininterval=1)
     while any(len(sets[split]["images"]) < counts[split] for split in SPLITS):
         scene = random_scene(rng)
-        held_out = random.Random(min(true_captions(scene)[0])).random() < 0.1  # one sentence names the scene, whichever object comes first
-        split = SPLITS[held_out]
+        split = "val2017" if is_held_out(scene) else "train2017"
         images, annotations = sets[split]["images"], sets[split]["annotations"]
         if len(images) == counts[split] or n_objects not in (None, len(scene["objects"])):
             continue
-        image = dict(id=len(images) + 1 + held_out * 1_000_000, file_name=f"{len(images) + 1:06d}.jpg", width=64, height=64, scene=scene)
-        picture = draw_scene(rng, scene)  # of each caption, the first form is the likeliest: people begin with what is left or on top
-        captions = [pattern[int(len(pattern) * rng.random() ** 3)] for pattern in rng.sample(true_captions(scene), 5)]
+        first_image, first_caption = first_ids[split]
+        name = f"{len(images) + 1:06d}.jpg"
+        image = dict(id=first_image + len(images), file_name=name, width=64, height=64, scene=scene)
+        picture = draw_scene(rng, scene)
+        # of each pattern, the first variants are the likeliest: they begin at the left or the top
+        captions = []
+        for pattern in rng.sample(true_captions(scene), 5):
+            captions.append(pattern[int(len(pattern) * rng.random() ** 3)])
         if style:
             picture, captions = style(rng, picture, captions)
-        picture.save(os.path.join(data, split, image["file_name"]), quality=95, subsampling=0)
-        for said in captions:
-            annotations.append(dict(id=len(annotations) + 1 + held_out * 10_000_000, image_id=image["id"], caption=said))
+        picture.save(os.path.join(data, split, name), quality=95, subsampling=0)
+        for caption in captions:
+            number = first_caption + len(annotations)
+            annotations.append(dict(id=number, image_id=image["id"], caption=caption))
         images.append(image)
         bar.update()
     bar.close()
-    text = "".join(a["caption"] + "\n" for a in sets["train2017"]["annotations"])
-    save_atomically(os.path.join(data, "train_captions.txt"), lambda f: f.write(text.encode()))
-    for split in SPLITS:  # the annotations come last: where they are, the pictures are whole
+    lines = [annotation["caption"] + "\n" for annotation in sets["train2017"]["annotations"]]
+    text = "".join(lines).encode()
+    save_atomically(os.path.join(data, "train_captions.txt"), lambda file: file.write(text))
+    # the captions come last: once they are there, the pictures are complete
+    for split in SPLITS:
         save_json(captions_file(data, split), sets[split])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# encoders. B pictures, S tokens of width W each. An encoder has `prepare(picture) -> tensor`, and maps a batch of those to (B, S, W)
+# --------------------------------------------------------------------------------------------------
+# image encoders: preprocess(picture) -> tensor; a batch of those -> features (B, S tokens, W width)
+# grid: the rows and columns in which the last tokens lie; class tokens come before them
+
+
+def to_64x64(picture):
+    return torch.from_numpy(np.array(picture.resize((64, 64), Image.BICUBIC)))  # (64, 64, 3) uint8
 
 
 class Patches(nn.Module):
-    """No encoder at all: a 64 x 64 picture cut into 8 x 8 patches, each its 192 raw values and where it lies."""
-
-    def prepare(self, picture):
-        return torch.from_numpy(np.array(picture.resize((64, 64), Image.BICUBIC)))  # (64, 64, 3) bytes
+    """No encoder: 8 x 8 patches of a 64 x 64 picture, each with its 192 values and its position."""
+    grid = (8, 8)
+    preprocess = staticmethod(to_64x64)
 
     def forward(self, pixels):
-        x = pixels.view(-1, 8, 8, 8, 8, 3).transpose(2, 3).reshape(-1, 64, 192) / 127.5 - 1  # (B, 8 rows, 8, 8 columns, 8, 3) -> (B, S=64, 192)
-        grid = torch.linspace(-1, 1, 8, device=x.device)
-        where = torch.cartesian_prod(grid, grid).expand(len(x), 64, 2)
-        return torch.cat([x, where], 2)  # (B, 64, W=194)
+        # (B, 64, 64, 3) -> (B, rows, y, columns, x, 3) -> (B, rows x columns, y x x x 3)
+        x = pixels.view(-1, 8, 8, 8, 8, 3).transpose(2, 3).reshape(-1, 64, 192) / 127.5 - 1
+        line = torch.linspace(-1, 1, 8, device=x.device)
+        positions = torch.cartesian_prod(line, line).expand(len(x), 64, 2)
+        return torch.cat([x, positions], 2)  # (B, S=64, W=194)
 
 
-class Tagger(Patches):
+class Tagger(nn.Module):
     """
-    A small convolutional eye that was taught by captions alone: which words do people use about this picture? Each of its 64 tokens votes
-    for every word and the strongest vote counts (Fang et al. 2015, https://arxiv.org/abs/1411.4952). Like CLIP, it learns to notice what
-    captions speak of, with no other labels. CLIP's own objective, matching pictures to captions, was tried here and took far longer to tell
-    shapes apart: among 128 scenes, colours and places already say which caption belongs to which.
+    A small convolutional encoder, trained on captions alone: which words do people use about this
+    image? Each of its 64 tokens scores every word, and the highest score counts (Fang et al. 2015,
+    https://arxiv.org/abs/1411.4952). So it learns what captions speak of, as CLIP does. CLIP's own
+    loss took far longer here: colours and places alone tell the captions of a batch apart, so that
+    shapes are learned late.
     """
+    grid = (8, 8)
+    preprocess = staticmethod(to_64x64)
 
     def __init__(self, n_words=0):
         super().__init__()
 
-        def convolution(n_in, n_out, size):  # halves the picture
-            return nn.Conv2d(n_in, n_out, size, stride=2, padding=size // 2, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()
+        def convolution(n_in, n_out, size):  # halves height and width
+            conv = nn.Conv2d(n_in, n_out, size, stride=2, padding=size // 2, bias=False)
+            return conv, nn.BatchNorm2d(n_out), nn.ReLU()
 
-        self.eye = nn.Sequential(*convolution(5, 24, 5), *convolution(24, 64, 3), *convolution(64, 128, 3), nn.Conv2d(128, 128, 3, padding=1))
+        # these names are part of the fingerprint of saved features
+        self.eye = nn.Sequential(*convolution(5, 24, 5), *convolution(24, 64, 3),
+                                 *convolution(64, 128, 3), nn.Conv2d(128, 128, 3, padding=1))
         self.norm = nn.LayerNorm(128)
-        if n_words:  # only while it is taught
+        if n_words:  # in training only
             self.vote = nn.Linear(128, n_words)
-            nn.init.constant_(self.vote.bias, -3.0)  # most words are not about most pictures
+            nn.init.constant_(self.vote.bias, -3.0)  # most words are not about most images
 
     def forward(self, pixels):
         x = pixels.permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, 64, 64)
-        grid = torch.linspace(-1, 1, 64, device=x.device)
-        where = torch.stack(torch.meshgrid(grid, grid, indexing="xy")).expand(len(x), 2, 64, 64)  # a convolution doesn't know where it is
-        return self.norm(self.eye(torch.cat([x, where], 1)).flatten(2).transpose(1, 2))  # (B, 128, 8, 8) -> (B, S=64, W=128)
+        # a convolution does not know where it is: two channels tell it x and y
+        line = torch.linspace(-1, 1, 64, device=x.device)
+        positions = torch.stack(torch.meshgrid(line, line, indexing="xy"))
+        x = torch.cat([x, positions.expand(len(x), 2, 64, 64)], 1)
+        x = self.eye(x).flatten(2).transpose(1, 2)  # (B, 128, 8, 8) -> (B, S=64, W=128)
+        return self.norm(x)
 
 
-def teach_tagger(data, steps, seed, B=48, peak=4e-3):
-    """Teaches a Tagger on a data set's training pictures and captions, saves its eye in the features folder, returns the losses."""
+def train_tagger(data, steps, seed, B=48, peak=4e-3):
+    """Trains a Tagger on a data set and saves it as features/tagger.pt. Returns the losses."""
     images, captions = load_captions(data, "train2017")
-    counts = Counter(word for said in captions for caption in said for word in caption.lower().split())
-    words = {word: k for k, (word, _) in enumerate(counts.most_common(1000))}
-    used = torch.zeros(len(images), len(words))  # the share of a picture's captions that use a word
-    for row, said in zip(used, captions):
-        for caption in said:
-            row[[words[word] for word in set(caption.lower().split()) if word in words]] += 1 / len(said)
+    counts = Counter()
+    for caption in itertools.chain(*captions):
+        counts.update(caption.lower().split())
+    vocabulary = {word: k for k, (word, _) in enumerate(counts.most_common(1000))}
+    # the share of an image's captions that use a word
+    targets = torch.zeros(len(images), len(vocabulary))
+    for target, texts in zip(targets, captions):
+        for caption in texts:
+            words = vocabulary.keys() & caption.lower().split()
+            target[[vocabulary[word] for word in words]] += 1 / len(texts)
     torch.manual_seed(seed)
-    tagger, rng, losses = Tagger(len(words)), np.random.default_rng(seed), []
-    optimizer = torch.optim.AdamW(tagger.parameters(), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    tagger = Tagger(len(vocabulary))
+    files = tqdm(image_files(data, "train2017", images), desc="reading", mininterval=1)
     with ThreadPoolExecutor() as pool:
-        files = [os.path.join(data, "train2017", image["file_name"]) for image in images]
-        pixels = list(pool.map(lambda file: prepare(tagger, file), tqdm(files, desc="reading", mininterval=1)))
+        pixels = list(pool.map(lambda file: preprocess_file(tagger, file), files))
     readable = [i for i, x in enumerate(pixels) if torch.is_tensor(x)]
-    pictures, used = torch.stack([pixels[i] for i in readable]), used[readable]  # (N, 64, 64, 3), (N, words)
-    bar = tqdm(range(steps), desc="teaching the tagger", mininterval=1)
+    pixels = torch.stack([pixels[i] for i in readable])  # (N, 64, 64, 3)
+    targets = targets[readable]                          # (N, words)
+    rng = np.random.default_rng(seed)
+    optimizer = torch.optim.AdamW(tagger.parameters(), betas=(0.9, 0.98), weight_decay=0.05,
+                                  fused=True)
+    losses = []
+    bar = tqdm(range(steps), desc="training the tagger", mininterval=1)
     for step in bar:
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 20, 1 - step / steps)
-        chosen = rng.choice(len(pictures), B, replace=len(pictures) < B)
-        votes = tagger.vote(tagger(pictures[chosen])).amax(1)  # (B, S, words) -> (B, words)
-        loss = F.binary_cross_entropy_with_logits(votes, used[chosen])
+        batch = rng.choice(len(pixels), B, replace=len(pixels) < B)
+        scores = tagger.vote(tagger(pixels[batch])).amax(1)  # (B, S, words) -> (B, words)
+        loss = F.binary_cross_entropy_with_logits(scores, targets[batch])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    save_checkpoint(os.path.join(data, "features", "tagger.pt"), {k: v for k, v in tagger.state_dict().items() if not k.startswith("vote")})
+    weights = {name: w for name, w in tagger.state_dict().items() if not name.startswith("vote")}
+    save_checkpoint(os.path.join(data, "features", "tagger.pt"), weights)
     return losses
 
 
 def mend_torchvision():
     """
-    Makes `import torchvision` work where a CPU build of torch stands beside PyPI's CUDA build of torchvision: its compiled half can't load
-    there, and the import ends with "operator torchvision::nms does not exist". Nobody here calls those operators; that they have a name is enough.
+    Makes `import torchvision` work where its compiled part is for another build of torch. Without
+    it, the import ends with "operator torchvision::nms does not exist". Nothing here calls those
+    operators: it is enough to declare their names.
     """
     while True:
         try:
@@ -515,10 +777,15 @@ def mend_torchvision():
             torch.library.define(missing[1], "() -> ()")
 
 
+def warn_random_weights(name):
+    print(f"CAUTION: {name} has random weights (pretrained=none): it recognizes next to nothing; "
+          "only good for trials", flush=True)
+
+
 class OpenCLIP(nn.Module):
     """
-    A ViT tower of open_clip, with its own preprocessing; all tokens of the last layer, the class token first: ViT-B-32 gives (B, 50, 768).
-    Post-layernorm is applied to every token, as CLIP applies it to the class token. pretrained: a tag, a file, or none for random weights.
+    A ViT of open_clip with its own preprocessing. Features: all tokens of the last layer, the class
+    token first, each after the final LayerNorm. ViT-B-32: (B, 50, 768).
     """
 
     def __init__(self, name, pretrained):
@@ -526,297 +793,386 @@ class OpenCLIP(nn.Module):
         mend_torchvision()
         import open_clip
 
-        models, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
-        weights = None if pretrained == "none" else pretrained
+        models = open_clip.list_models()
+        tags = open_clip.list_pretrained_tags_by_model(name)
         if name not in models:
             near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
             die(f"encoder={name} is not tagger, patches or a model of open_clip, such as {near}")
+        weights = None if pretrained == "none" else pretrained
         if weights is None:
-            print(f"CAUTION: {name} has random weights (pretrained=none). It sees next to nothing: good for trying the plumbing only", flush=True)
+            warn_random_weights(name)
         elif weights not in tags and not os.path.isfile(weights):
-            die(f"pretrained={weights} is neither a file nor weights that open_clip has for {name}: {', '.join(tags)}; none = random weights")
-        # OpenAI and a few others trained with a quick approximation of GELU; with the exact one their weights see noticeably worse.
-        # open_clip knows which tags did. What a file needs, the model's name must say: encoder=ViT-B-32-quickgelu
-        quick = weights is not None and open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
+            die(f"pretrained={weights} is neither a file nor weights that open_clip has for "
+                f"{name}: {', '.join(tags)}; none = random weights")
+        # OpenAI and a few others trained with a fast approximation of GELU. open_clip knows which
+        # tags did; for a local file, the model's name must say it: encoder=ViT-B-32-quickgelu
+        quick = False
+        if weights is not None:
+            quick = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # random weights are the same ones each time
-                model, _, self.prepare = open_clip.create_model_and_transforms(name, pretrained=weights, force_quick_gelu=quick)
-        except Exception as problem:  # open_clip, the hub's client, torch and pickle each have their own way to say it
-            die(f"encoder={name} pretrained={pretrained} could not be loaded ({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
-        self.visual, self.pretrained = model.visual, pretrained
+                torch.manual_seed(0)  # the same random weights each time
+                model, _, self.preprocess = open_clip.create_model_and_transforms(
+                    name, pretrained=weights, force_quick_gelu=quick)
+        except Exception as problem:  # open_clip, torch and the hub raise errors of many kinds
+            die(f"encoder={name} pretrained={pretrained} could not be loaded "
+                f"({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
+        self.visual = model.visual
+        self.pretrained = pretrained
         if not hasattr(self.visual, "ln_post") or self.visual.attn_pool:
-            die(f"encoder={name}: of open_clip's towers, only plain ViTs are supported, such as ViT-B-32")
-        self.visual.transformer.register_forward_hook(lambda module, inputs, output: setattr(self, "tokens", output))
+            die(f"encoder={name}: of open_clip, only plain ViTs are supported, such as ViT-B-32")
+        self.grid = self.visual.grid_size
 
     def forward(self, pixels):
-        self.visual(pixels)
-        return self.visual.ln_post(self.tokens)
+        last = self.visual.forward_intermediates(
+            pixels, indices=1, normalize_intermediates=True, intermediates_only=True,
+            output_fmt="NLC", output_extra_tokens=True)
+        return torch.cat([*last["image_intermediates_prefix"], *last["image_intermediates"]], 1)
 
 
 def load_encoder(name, pretrained="openai", tagger=None):
-    """The frozen encoder `name`, ready to look. `pretrained` is for open_clip; `tagger`, the weights that were taught."""
+    """
+    The frozen image encoder `name`. pretrained: which weights, for open_clip; tagger: the weights
+    of the tagger, as train_tagger saved them.
+    """
     if name == "patches":
-        eye = Patches()
+        encoder = Patches()
     elif name == "tagger":
-        eye = Tagger()
-        load_weights(eye, tagger, "the tagger")
+        encoder = Tagger()
+        load_weights(encoder, tagger, "the tagger")
     else:
-        eye = OpenCLIP(name, pretrained)
-    return eye.eval().requires_grad_(False)
+        encoder = OpenCLIP(name, pretrained)
+    return encoder.eval().requires_grad_(False)
 
 
-def fingerprint(eye):
-    """sha256 over an encoder's weights, and over the kinds of layers they are in: with another GELU, the same weights see something else."""
-    digest = hashlib.sha256(" ".join(sorted({type(module).__name__ for module in eye.modules()})).encode())
-    for name, w in sorted(eye.state_dict().items()):
+def fingerprint(encoder):
+    """
+    sha256 of an encoder's weights and of the names of its layers' classes: with another GELU, the
+    same weights give other features.
+    """
+    classes = {type(module).__name__ for module in encoder.modules()}
+    digest = hashlib.sha256(" ".join(sorted(classes)).encode())
+    for name, w in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # encoding
 
 
 @torch.no_grad()
-def encode(eye, pictures, process):
-    """Prepared pictures (B, ...) -> float16 tokens (B, S, W) as a numpy array."""
+def encode(encoder, pictures, process):
+    """Preprocessed pictures, a list of tensors, -> float16 features (B, S, W), a numpy array."""
     with process.autocast():
-        return eye(torch.stack(pictures).to(process.device)).to("cpu", torch.float16).numpy()
+        features = encoder(torch.stack(pictures).to(process.device))
+    return features.to("cpu", torch.float16).numpy()
 
 
-def look(eye, files, todo, batch_size, process):
+def preprocess_file(encoder, path):
+    """A picture file as the encoder takes it, a tensor; or a string that says why it can't be."""
+    picture = open_image(path, otherwise=str)
+    return picture if isinstance(picture, str) else encoder.preprocess(picture)
+
+
+def encode_batches(encoder, files, rows, batch_size, process):
     """
-    Encodes files[i] for i in todo, batch by batch, while all cores decode the next batch. Yields the numbers that could be read,
-    their tokens (B, S, W), and {number: what is wrong with it} for the others.
+    Encodes files[i] for each i in rows; all CPU cores read the next batch meanwhile. Yields for
+    each batch: the rows that could be read, their features (B, S, W), {other row: why not}.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        def decode(start):
-            return pool.map(lambda i: prepare(eye, files[i]), todo[start:start + batch_size])
+        def read(start):
+            batch = rows[start:start + batch_size]
+            return pool.map(lambda i: preprocess_file(encoder, files[i]), batch)
 
-        ahead = decode(0)
-        for start in range(0, len(todo), batch_size):
-            batch = dict(zip(todo[start:start + batch_size], ahead))
-            ahead = decode(start + batch_size)
+        coming = read(0)
+        for start in range(0, len(rows), batch_size):
+            batch = dict(zip(rows[start:start + batch_size], coming))
+            coming = read(start + batch_size)
             good = {i: pixels for i, pixels in batch.items() if torch.is_tensor(pixels)}
-            tokens = encode(eye, list(good.values()), process) if good else ()
-            yield list(good), tokens, {i: line for i, line in batch.items() if i not in good}
+            problems = {i: line for i, line in batch.items() if i not in good}
+            features = encode(encoder, list(good.values()), process) if good else []
+            yield list(good), features, problems
 
 
-def copy_rows(path, rows, about):
-    """Writes a features file made of rows of others, (array, number) each, and what is known of it."""
-    need_space(os.path.dirname(path), len(rows) * rows[0][0][0].nbytes, path)
-    new = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, (len(rows), *rows[0][0].shape[1:]))
-    for row, (array, i) in zip(new, rows):
-        row[:] = array[i]
-    new.flush()
-    save_about(path, about | dict(done=len(rows), bad=[]))
-    os.replace(path + ".tmp", path)
+def finish_features(temporary, path, metadata):
+    """The file `temporary` is complete: writes its metadata, then gives it its name."""
+    version = os.stat(temporary).st_mtime_ns
+    save_json(metadata_file(path), metadata | dict(finite=version))
+    os.replace(temporary, path)
 
 
-def leave_out(data, split, ids):
-    """Takes pictures out of a split's json. As it was, it stays beside it as captions_{split}.all.json."""
-    path, copy = captions_file(data, split), os.path.join(data, "annotations", f"captions_{split}.all.json")
-    if not os.path.exists(copy):
-        shutil.copyfile(path, copy)
-    with open(path, encoding="utf-8") as f:
-        content = json.load(f)
+def copy_features(path, rows, metadata):
+    """Writes a features file of rows of other features: rows = [(features, row), ...]."""
+    shape = (len(rows), *rows[0][0].shape[1:])
+    need_space(os.path.dirname(path), 2 * math.prod(shape), path)
+    copy = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, shape)
+    for target, (features, row) in zip(copy, rows):
+        target[:] = features[row]
+    copy.flush()
+    finish_features(path + ".tmp", path, metadata | dict(done=len(rows), bad=[]))
+
+
+def remove_images(data, split, ids):
+    """Removes images from a split's json. The json as it was stays as captions_{split}.all.json."""
+    path = captions_file(data, split)
+    original = path.removesuffix(".json") + ".all.json"
+    if not os.path.exists(original):
+        shutil.copyfile(path, original)
+    with open(path, encoding="utf-8-sig") as file:
+        content = json.load(file)
     content["images"] = [image for image in content["images"] if image["id"] not in ids]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] not in ids]
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in ids]
     save_json(path, content)
-    print(f"{path}: {len(ids):,} unreadable pictures left out; {copy} still names them")
+    print(f"{path}: {len(ids):,} unreadable pictures removed; {original} still names them")
 
 
-def encode_split(data, split, made_by, eye, batch_size, process, skip_bad=False):
+def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=False):
     """
-    Writes features/{encoder}_{split}.npy, which is called .npy.part until it is whole, and beside it what made it (`made_by`: encoder,
-    weights) and how far it is. Returns the pictures that can't be read; as long as there are any, the file is not whole.
+    Writes the features of a split, which are called .npy.part until they are complete, and their
+    metadata: made_by (encoder, weights, ...), the manifest, done (how many images were tried, in
+    order) and bad (which of those are unreadable). Continues where an interrupted run stopped.
+    Returns the unreadable files; if there are any, the features stay incomplete.
     """
     path = features_file(data, made_by["encoder"], split)
+    part = path + ".part"
     images, _ = load_captions(data, split)
-    n, files = len(images), [os.path.join(data, split, image["file_name"]) for image in images]
-    about = made_by | identity(images) | dict(done=0, bad=[])  # how many were looked at, in order; which of them can't be read
-    there = [p for p in (path, path + ".part") if os.path.exists(p)]
-    before = read_about(path) if there else {}
-    for key, what in (("weights", "weights of the encoder, or another activation,"), ("names", "pictures, or in another order,")):
-        if before.get(key, about[key]) != about[key]:
-            die(f"{there[0]} was made with other {what} than these: delete it to encode anew, or take another data=")
+    files, n = image_files(data, split, images), len(images)
+    metadata = made_by | manifest(images) | dict(done=0, bad=[])
+    existing = [file for file in (path, part) if os.path.exists(file)]
+    before = read_metadata(path) if existing else {}
+    for key, what in (("weights", "weights or layers of the encoder"), ("names", "pictures")):
+        if before.get(key, metadata[key]) != metadata[key]:
+            die(f"{existing[0]} was made with other {what}, or in another order: delete it to "
+                "encode again, or take another data=")
     if os.path.exists(path):
         load_features(data, made_by["encoder"], split, images)
         print(f"{path} is there already")
         return []
     if before.get("done"):
-        about, rows = before, np.lib.format.open_memmap(path + ".part", "r+")
+        metadata = made_by | before
+        features = np.lib.format.open_memmap(part, "r+")
     else:
-        blank = encode(eye, [eye.prepare(Image.new("RGB", (256, 256)))], process)
-        need_space(data, n * blank.nbytes, path)  # a memory map that finds the disk full kills the process
-        save_about(path, about)
-        rows = np.lib.format.open_memmap(path + ".part", "w+", np.float16, (n, *blank.shape[1:]))
-    todo = list(range(about["done"], n)) or about["bad"]  # once all were looked at: again those that couldn't be read
+        blank = encode(encoder, [encoder.preprocess(Image.new("RGB", (256, 256)))], process)
+        # a memory map that meets a full disk would end the process without a word
+        need_space(data, n * blank.nbytes, path)
+        save_json(metadata_file(path), metadata)
+        features = np.lib.format.open_memmap(part, "w+", np.float16, (n, *blank.shape[1:]))
+    # when all were tried, once more those that could not be read
+    rows = list(range(metadata["done"], n)) or metadata["bad"]
     saved = time.time()
-    with tqdm(total=n, initial=n - len(todo), desc=f"encoding {split}", unit=" images", mininterval=1) as bar:
-        for good, tokens, problems in look(eye, files, todo, batch_size, process):
-            for problem in problems.values():
-                bar.write(problem)
-            if good:
-                rows[good] = tokens
-            about["done"] = max(about["done"], max([*good, *problems]) + 1)
-            about["bad"] = sorted(set(about["bad"]) - set(good) | set(problems))
-            bar.update(len(good) + len(problems))
-            if time.time() - saved > 2 or about["done"] == n:
-                rows.flush()  # first the rows, then the word that they are there
-                save_about(path, about)
-                saved = time.time()
-    bad = about["bad"]
+    bar = tqdm(total=n, initial=n - len(rows), desc=f"encoding {split}", unit=" images")
+    for good, batch, problems in encode_batches(encoder, files, rows, batch_size, process):
+        for problem in problems.values():
+            bar.write(problem)
+        for i, tokens in zip(good, batch):
+            if not np.isfinite(tokens).all():
+                die(f"{files[i]}: the encoder gives NaN, or values that float16 can not hold")
+            features[i] = tokens
+        metadata["done"] = max(metadata["done"], max([*good, *problems]) + 1)
+        metadata["bad"] = sorted(set(metadata["bad"]) - set(good) | set(problems))
+        bar.update(len(good) + len(problems))
+        if time.time() - saved > 2 or metadata["done"] == n:
+            features.flush()  # before the metadata says that they are there
+            save_json(metadata_file(path), metadata)
+            saved = time.time()
+    bar.close()
+    bad = metadata["bad"]
     if bad and (not skip_bad or len(bad) == n):
         return [files[i] for i in bad]
     if bad:
-        kept = sorted(set(range(n)) - set(bad))
-        copy_rows(path, [(rows, i) for i in kept], about | identity([images[i] for i in kept]))
-        leave_out(data, split, {images[i]["id"] for i in bad})
-        os.remove(path + ".part")
+        kept = [i for i in range(n) if i not in set(bad)]
+        metadata |= manifest([images[i] for i in kept])
+        copy_features(path, [(features, i) for i in kept], metadata)
+        remove_images(data, split, {images[i]["id"] for i in bad})
+        os.remove(part)
     else:
-        os.replace(path + ".part", path)
-    print(f"{path}: {n - len(bad):,} pictures x {rows.shape[1]} tokens x {rows.shape[2]}")
+        finish_features(part, path, metadata)
+    print(f"{path}: {n - len(bad):,} images x {features.shape[1]} tokens x {features.shape[2]}")
     return []
 
 
-def regroup(data, json_path, target, encoder):
+def resplit(data, json_path, target, encoder):
     """
-    COCO 2017, in `data`, split as Karpathy's dataset_coco.json says: 113,287 pictures to train on, 5,000 for val2017 and 5,000 for test2017,
-    on which papers report. What `encoder` sees of them moves along.
+    COCO 2017, in the folder `data`, in the splits of Karpathy's dataset_coco.json, on which papers
+    report: 113,287 training, 5,000 validation and 5,000 test pictures, in the folder `target`. The
+    features of `encoder` are copied.
     """
-    split_of = {number: split for split, number, _, _ in read_entries(json_path)}
-    entries, row_of = [], {}  # what `convert` takes; for each picture, where its features are
+    split_of = {image_id: split for split, image_id, _, _ in read_karpathy(json_path)}
+    entries, feature_rows = [], {}
     for split in SPLITS:
         images, captions = load_captions(data, split)
-        if lost := [image["id"] for image in images if image["id"] not in split_of]:
-            die(f"{json_path} does not know {len(lost):,} pictures of {data}, such as {lost[0]}: it is not Karpathy's dataset_coco.json")
-        files = [os.path.join(data, split, image["file_name"]) for image in images]
-        entries += [(split_of[image["id"]], image["id"], file, said) for image, file, said in zip(images, files, captions)]
+        unknown = [image["id"] for image in images if image["id"] not in split_of]
+        if unknown:
+            die(f"{json_path} does not know {len(unknown):,} pictures of {data}, such as "
+                f"{unknown[0]}: it is not Karpathy's dataset_coco.json")
+        for image, file, texts in zip(images, image_files(data, split, images), captions):
+            entries.append((split_of[image["id"]], image["id"], file, texts))
         if encoder != "none":
-            features, about = load_features(data, encoder, split, images)
-            row_of |= {image["id"]: (features, row) for row, image in enumerate(images)}
+            features, metadata = load_features(data, encoder, split, images)
+            for row, image in enumerate(images):
+                feature_rows[image["id"]] = features, row
     convert(entries, target)
-    os.makedirs(os.path.join(target, "features"), exist_ok=True)
     for split in splits_of(target):
         images, _ = load_captions(target, split)
         print(f"{target} {split}: {len(images):,} pictures")
         if encoder != "none":
-            copy_rows(features_file(target, encoder, split), [row_of[image["id"]] for image in images], about | identity(images))
+            lock_folder(os.path.join(target, "features"))
+            rows = [feature_rows[image["id"]] for image in images]
+            path = features_file(target, encoder, split)
+            copy_features(path, rows, metadata | manifest(images))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what a data set looks like
+# --------------------------------------------------------------------------------------------------
+# a table and a figure of what a data set holds
+
+
+def describe_split(captions):
+    """
+    Returns (a column of the table, the number of words of each caption, {word: its count}) of a
+    split. captions: a list for each image. Words are cut as cider.py cuts them.
+    """
+    words = tokenize(list(itertools.chain(*captions)))
+    lengths = np.array([len(caption) for caption in words])
+    vocabulary = Counter(itertools.chain(*words))
+    repeated = len(words) - len(set(map(tuple, words)))
+    per_image = [len(texts) for texts in captions]
+    once = sum(count == 1 for count in vocabulary.values())
+    column = {
+        "images": f"{len(captions):,}",
+        "captions": f"{len(words):,}",
+        "captions an image": f"{np.mean(per_image):.2f} ({min(per_image)} to {max(per_image)})",
+        "repeated captions": f"{repeated:,} ({repeated / len(words):.1%})",
+        "words": f"{lengths.sum():,}",
+        "words a caption": f"{lengths.mean():.1f} ({lengths.min()} to {lengths.max()})",
+        "95% of captions have at most": f"{np.percentile(lengths, 95):.0f} words",
+        "vocabulary": f"{len(vocabulary):,} words",
+        "... used only once": f"{once:,}",
+    }
+    return column, lengths, vocabulary
 
 
 def explore(data, path):
-    """Prints a table of what is in a data set, and draws it into the file `path`. Words are cut as cider.py cuts them."""
-    table, lengths, frequent, coverage = {}, {}, {}, {}  # each by split
-    for split in splits_of(data):
-        images, captions = load_captions(data, split)
-        words = tokenize([caption for said in captions for caption in said])
-        n = lengths[split] = np.array([len(caption) for caption in words])
-        frequent[split] = Counter(word for caption in words for word in caption).most_common()
-        coverage[split] = np.cumsum([count for _, count in frequent[split]]) / n.sum()
-        repeated = Counter(map(" ".join, words)).most_common()
-        if split == "train2017":
-            shown, often, known = list(zip(images, captions)), repeated[:5], {word for word, _ in frequent[split]}
-        table[split] = {
-            "pictures": f"{len(images):,}",
-            "captions": f"{len(words):,}",
-            "captions a picture": f"{len(words) / len(images):.2f} ({min(map(len, captions))} to {max(map(len, captions))})",
-            "captions that were said before": f"{len(words) - len(repeated):,} ({1 - len(repeated) / len(words):.1%})",
-            "words": f"{n.sum():,}",
-            "words a caption": f"{n.mean():.1f} ({n.min()} to {n.max()})",
-            "95% of captions have at most": f"{np.percentile(n, 95):.0f} words",
-            "vocabulary": f"{len(frequent[split]):,} words",
-            "... said only once": f"{sum(count == 1 for _, count in frequent[split]):,}",
-            "... not in train2017": f"{sum(word not in known for word, _ in frequent[split]):,}" if split != "train2017" else "",
-            **{f"... that make {share:.0%} of the text": f"{np.searchsorted(coverage[split], share) + 1:,}" for share in (0.5, 0.9, 0.99)},
-        }
-    top = frequent["train2017"][:25]
-    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in table))
-    for row in table["train2017"]:
-        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in table.values()))
-    print("captions said most often: " + "; ".join(f"{times} x \"{caption}\"" for caption, times in often))
-    print("commonest words: " + ", ".join(f"{word} {count:,}" for word, count in top))
-
+    """Prints a table of what is in a data set, and draws it into the file `path`."""
     plt = pyplot()
     fig = plt.figure(figsize=(14, 10.5), layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=(1, 1.8))
     lengths_ax, coverage_ax, words_ax = above.subplots(1, 3)
-    for split in table:
-        bins = np.arange(min(lengths[split].max(), 40) + 2) - 0.5
-        lengths_ax.hist(lengths[split], bins=bins, density=True, histtype="step", linewidth=1.5, label=split)
-        coverage_ax.plot(range(1, len(coverage[split]) + 1), coverage[split], label=split)
+    columns, vocabularies = {}, {}
+    for split in splits_of(data):
+        _, captions = load_captions(data, split)
+        column, lengths, vocabulary = describe_split(captions)
+        columns[split], vocabularies[split] = column, vocabulary
+        new = vocabulary.keys() - vocabularies["train2017"].keys()
+        column["... not in train2017"] = f"{len(new):,}"
+        bins = np.arange(min(lengths.max(), 40) + 2) - 0.5
+        lengths_ax.hist(lengths, bins, density=True, histtype="step", linewidth=1.5, label=split)
+        coverage = np.cumsum([count for _, count in vocabulary.most_common()])
+        coverage_ax.plot(range(1, len(coverage) + 1), coverage / lengths.sum(), label=split)
+    top = vocabularies["train2017"].most_common(25)
+    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in columns))
+    for row in columns["train2017"]:
+        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in columns.values()))
+    print("most frequent words: " + ", ".join(f"{word} {count:,}" for word, count in top))
+
     lengths_ax.set(title="words in a caption", xlabel="words", ylabel="share of the captions")
-    coverage_ax.set(title="vocabulary: its k commonest words make ...", xlabel="k", ylabel="... this share of the text", xscale="log", ylim=(0, 1.02))
-    lengths_ax.locator_params(axis="x", integer=True)
-    words_ax.locator_params(axis="x", nbins=5)
+    coverage_ax.set(title="the k most frequent words make ...", xlabel="k",
+                    ylabel="... this share of the text", xscale="log", ylim=(0, 1.02))
     for ax in (lengths_ax, coverage_ax):
         ax.grid(alpha=0.3)
         ax.legend()
-    words_ax.barh(*zip(*reversed(top)), color="tab:gray")
-    words_ax.set(title="commonest words of train2017", xlabel="times said")
+    words = [word for word, _ in reversed(top)]
+    words_ax.barh(words, [count for _, count in reversed(top)], color="tab:gray")
+    words_ax.set(title="most frequent words of train2017", xlabel="times used")
     words_ax.tick_params(axis="y", labelsize=8)
-    grid = below.subplots(2, 5)
-    for ax in grid.flat:
+    # ten training pictures, spread over the whole split, with two captions each
+    images, captions = load_captions(data, "train2017")
+    files = image_files(data, "train2017", images)
+    axes = below.subplots(2, 5).flat
+    for ax in axes:
         ax.axis("off")
-    for ax, (image, said) in zip(grid.flat, shown[::math.ceil(len(shown) / 10)]):
-        ax.imshow(open_image(os.path.join(data, "train2017", image["file_name"])))
-        ax.set_title("\n".join(textwrap.fill(caption.strip(), 40) for caption in said[:2]), fontsize=8.5, parse_math=False)
+    for ax, i in zip(axes, range(0, len(files), math.ceil(len(files) / 10))):
+        lines = [textwrap.fill(caption.strip(), 40) for caption in captions[i][:2]]
+        ax.imshow(open_image(files[i]))
+        ax.set_title("\n".join(lines), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90)
     plt.close(fig)
     print(f"the figure: {path}")
 
 
+def check_pictures(data, split):
+    """Ends the run if not one picture of a split is there: they lie in another folder, it seems."""
+    files = image_files(data, split, load_captions(data, split)[0])
+    if not any(os.path.exists(file) for file in files):
+        die(f"{os.path.join(data, split)} holds none of the {len(files):,} pictures that "
+            f"{captions_file(data, split)} names, such as {os.path.basename(files[0])}")
+
+
 if __name__ == "__main__":
     print_settings(configure(globals()))
-    t0 = time.time()
+    started = time.time()
 
-    # ---- a data set: drawn, converted, downloaded, or there already
+    # ---- the data set: drawn, converted, downloaded, or there already
     if shapes or risc_csv or karpathy_json:
         if data == "data/coco2017":
             die("give the new data set a folder of its own: data=")
-        if set(SPLITS) <= set(splits_of(data)):  # the same command again, after an interruption
+        if set(SPLITS) <= set(splits_of(data)):
             print(f"{data} is there already: used as it is")
         elif shapes:
             draw_shapes(data, shapes, seed)
+        elif risc_csv:
+            convert(read_risc(risc_csv, pictures), data)
         else:
-            convert(read_entries(risc_csv or karpathy_json, pictures), data)
-    elif not os.path.isdir(data) or not os.listdir(data) or glob.glob(os.path.join(data, "*2017.zip*")):  # nothing is there, or half of it
-        if eda:
-            die(f"data={data} holds no data set to look at: `python coco.py data={data}` downloads COCO there")
-        download_coco(data)
+            convert(read_karpathy(karpathy_json, pictures), data)
+    else:
+        empty = not os.path.isdir(data) or not os.listdir(data)
+        # COCO's zips are there until all of it is unpacked
+        if empty or glob.glob(os.path.join(data, "*2017.zip*")):
+            if eda:
+                die(f"data={data}: no data set; `python coco.py data={data}` downloads COCO there")
+            download_coco(data)
     splits = splits_of(data) or SPLITS
     for split in splits:
         images, captions = load_captions(data, split)
-        print(f"{data} {split}: {len(images):,} pictures, {sum(map(len, captions)):,} captions, such as \"{captions[0][0].strip()}\"")
+        print(f"{data} {split}: {len(images):,} pictures, {sum(map(len, captions)):,} captions, "
+              f'such as "{captions[0][0].strip()}"')
+        warn_overlap(data, split)
     if eda:
         os.makedirs("out", exist_ok=True)
-        explore(data, os.path.join("out", f"eda_{os.path.basename(os.path.abspath(data))}.png"))
+        name = os.path.basename(os.path.abspath(data))
+        explore(data, os.path.join("out", f"eda_{name}.png"))
         sys.exit(0)
 
-    # ---- what the encoder sees of its pictures
+    # ---- the features
     files = [features_file(data, encoder, split) for split in splits]
-    if all(map(os.path.exists, files)) and not any(map(read_about, files)):  # another program's features: there is no encoder to ask
+    made_here = any("encoder" in read_metadata(file) for file in files)
+    if all(map(os.path.exists, files)) and not made_here:
+        # another program's: they can be checked, but not made
         for split in splits:
             load_features(data, encoder, split, load_captions(data, split)[0])
     elif encoder != "none":
+        for split, file in zip(splits, files):
+            if not os.path.exists(file):
+                check_pictures(data, split)
         process = setup(device, dtype)
-        os.makedirs(os.path.join(data, "features"), exist_ok=True)
-        taught = os.path.join(data, "features", "tagger.pt")
-        if encoder == "tagger" and not os.path.exists(taught):
-            teach_tagger(data, teach_steps, seed)
-        eye = load_encoder(encoder, pretrained, load_checkpoint(taught) if encoder == "tagger" else None)
-        made_by = dict(encoder=encoder, pretrained=getattr(eye, "pretrained", None), weights=fingerprint(eye),
-                       parameters=sum(p.numel() for p in eye.parameters()))
-        eye.to(process.device)
-        bad = [file for split in splits for file in encode_split(data, split, made_by, eye, batch_size, process, skip_bad)]
+        lock_folder(os.path.join(data, "features"))
+        tagger, tagger_file = None, os.path.join(data, "features", "tagger.pt")
+        if encoder == "tagger":
+            if not os.path.exists(tagger_file):
+                train_tagger(data, teach_steps, seed)
+            tagger = load_checkpoint(tagger_file)
+        image_encoder = load_encoder(encoder, pretrained, tagger)
+        made_by = dict(encoder=encoder, pretrained=getattr(image_encoder, "pretrained", None),
+                       weights=fingerprint(image_encoder), grid=image_encoder.grid,
+                       parameters=sum(p.numel() for p in image_encoder.parameters()))
+        image_encoder.to(process.device)
+        bad = []
+        for split in splits:
+            bad += encode_split(data, split, made_by, image_encoder, batch_size, process, skip_bad)
         if bad:
-            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}{', ...' * (len(bad) > 5)}. The others are encoded. "
-                "Mend these and run the same command again, or take them out of the data set with skip_bad=True")
+            advice = "" if skip_bad else ", or leave them out with skip_bad=True"
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. The others are "
+                f"encoded. Mend these and run the same command again{advice}")
     if karpathy_split:
-        regroup(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
-    print(f"done in {time.time() - t0:.0f} s")
+        resplit(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
+    print(f"done in {time.time() - started:.0f} s")

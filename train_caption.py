@@ -501,7 +501,7 @@ def caption_pictures(named, path, process, temperature, top_k, num, beam):
     model.to_process(process).eval()
     pictures, drawn, titles = read_pictures(named), [], []
     while batch := list(itertools.islice(pictures, 32)):
-        features = encode(eye, [eye.prepare(picture) for _, picture in batch], process)
+        features = encode(eye, [eye.preprocess(picture) for _, picture in batch], process)
         features = torch.from_numpy(features).to(process.device, torch.float32)
         drawn += [picture for _, picture in batch[:40 - len(drawn)]]
         with process.autocast():
