@@ -1,25 +1,29 @@
 """
-Text in, token shards out: the first stage. Downloads FineWeb-Edu (sample-10BT, 28 GB of parquet files) from the Hugging Face
-hub, or takes any text of yours, and writes it as the GPT will read it: long arrays of token ids.
+Text to token shards. Downloads FineWeb-Edu (sample-10BT, 28 GB of parquet files) from the Hugging
+Face hub, or takes text of yours, and writes it as long arrays of token ids for train_gpt2.py.
 
-    python fineweb.py                                     # all 10 billion tokens: 100 shards, 20 GB
-    python fineweb.py max_tokens=300000000                # stop early; downloads no more than it needs
-    python fineweb.py text=notes.txt data=notes val_tokens=10000                          # your own text
-    python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn          # ... in a vocabulary of its own
+    python fineweb.py                                   # 10 billion tokens: 100 shards, 20 GB
+    python fineweb.py max_tokens=300000000              # downloads no more files than it needs
+    python fineweb.py text=notes.txt data=notes val_tokens=10000                # text of your own
+    python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn   # and its own BPE
 
-Shards are what build-nanogpt writes, so shards that exist already work: `edu_fineweb10B/edufineweb_train_000001.npy`,
-uint16, 100M tokens each, shard 0 is the validation set. Each document is opened (not closed) by <|endoftext|>.
-A .txt file holds one document a line, a .jsonl one a line under "text", a .parquet one a row in column "text".
-Interrupted, it goes on after the last whole shard.
+It needs no GPU and uses all cores: some 5 million tokens a second on each.
+A .txt file holds one document a line, a .jsonl one a line under "text", a .parquet one a row in the
+column "text"; all in UTF-8. Each document begins with <|endoftext|>.
+Shards are as build-nanogpt writes them, and its shards can be used too: edu_fineweb10B/
+edufineweb_train_000001.npy, uint16, 100M tokens each; shard 0 is the validation set.
+An interrupted run continues after the last whole shard if the same command is run again.
 
 HF_ENDPOINT (a mirror of the hub) and HF_TOKEN (for gated files) are honoured.
-This file also owns three things that every later file uses: `configure`, `download` and `get_tokenizer`.
+This file also has what later files share: settings, error lines, files that are written whole,
+downloads, and the tokenizer.
 """
 import ast
 import base64
 import difflib
 import functools
 import glob
+import hashlib
 import json
 import math
 import operator
@@ -37,23 +41,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings: `python fineweb.py name=value` overrides any of them
 
 data = "edu_fineweb10B"     # folder for the shards
-text: str = None            # local .txt/.jsonl/.parquet: a file, folder or glob (several: a,b); None = download FineWeb-Edu
-tokenizer = "gpt2"          # "gpt2", a .tiktoken file, or "learn": byte pairs learned from the text itself
-vocab_size = 512            # >= 257: how large a learned vocabulary may become
+text: str = None            # .txt/.jsonl/.parquet: files, folders, globs: a,b; None = FineWeb-Edu
+tokenizer = "gpt2"          # gpt2 | a .tiktoken file | learn: byte pairs of the text itself
+vocab_size = 512            # >= 257: size of a learned vocabulary
 shard_size = 100_000_000    # >= 1: tokens in a training shard
 val_tokens = 100_000_000    # >= 1: tokens in shard 0, the validation set
-max_tokens: int = None      # >= 1: stop after so many tokens, None = all
+max_tokens: int = None      # >= 1: stop after this many tokens; None = all
 
-EOT = "<|endoftext|>"       # separates documents; also the captioner's first (BOS) and last (EOS) token
-# GPT-2's way to cut text into words before byte pairs are merged: no token ever spans two words
+EOT = "<|endoftext|>"       # begins a document; also BOS and EOS of captions
+# GPT-2 cuts text into words before it merges byte pairs: no token spans two words.
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The look-ahead (?!\S) keeps tiktoken from its fast regular expressions, and matters only where white space stands in a row.
-# Nearly all documents have none, and for those this says the same:
+# The look-ahead (?!\S) keeps tiktoken from its fast regular expressions. It matters only where two
+# white space characters follow each other. Most documents have none, and for those this pattern
+# gives the same words, twice as fast.
 SPLIT_SINGLE_SPACED = r" ?\p{L}+| ?\p{N}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+|\s"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # --------------------------------------------------------------------------------------------------
 # settings from the command line, for every script of the project
@@ -68,7 +74,7 @@ def die(message):
 
 class Setting(NamedTuple):
     default: object
-    kind: type          # int, float, str or bool; of a setting whose default is None, its annotation
+    kind: type          # int, float, str or bool; the annotation says it of a None default
     accepts: str        # ">= 1", "> 0, <= 1", "one of a | b", or "": the beginning of the comment
     comment: str
 
@@ -142,7 +148,7 @@ def configure(module, preset=None, positional=()):
     text, then what `preset` returns, then the command line, `name=value` or `--name=value`. Bare
     words fill the names in `positional`, in order.
     preset(typed) -> {name: value}; typed is {name: value} of the command line.
-    What a setting accepts is said at the beginning of its comment: `>= 1: ...`, `one of a | b: ...`.
+    A comment begins with what the setting accepts: `>= 1: ...`, `one of a | b: ...`.
     Names that no longer exist are in the script's RENAMED, {old: new}.
     Returns all settings as a dict. A wrong name or value ends the run with one line.
     """
@@ -236,15 +242,20 @@ def lock_folder(folder):
     LOCKS[folder] = file
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# files from the net
+# --------------------------------------------------------------------------------------------------
+# downloads
+
+
+def hub():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 def download(url, path, tries=8):
     """
-    Fetches `url` into the file `path` and returns `path`; a file that is there already is not fetched again.
-    A cut connection, a 429 or a 5xx is tried again after a pause that doubles, going on at the byte where it stopped.
-    The file appears under its name only when it is whole. HF_TOKEN is sent to the hub (or its mirror, HF_ENDPOINT) and to nobody else.
+    Fetches `url` into the file `path` and returns `path`. A file that exists is not fetched again.
+    After a cut connection, a 429 or a 5xx it tries again, each time after twice the pause, from the
+    byte where it stopped. The file gets its name when it is whole. HF_TOKEN is sent to the hub (or
+    its mirror) only. Ends the run with one line if the file cannot be had.
     """
     if os.path.exists(path):
         return path
@@ -252,67 +263,84 @@ def download(url, path, tries=8):
     from tqdm import tqdm
 
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part, token = path + ".part", os.environ.get("HF_TOKEN")
-    headers = {"Authorization": f"Bearer {token}"} if token and url.startswith(hub()) else {}
-    pause, trouble = 1.0, ""
+    part, token, from_hub = path + ".part", os.environ.get("HF_TOKEN"), url.startswith(hub())
+    headers = {"User-Agent": "nanocaption (a tutorial; python-requests)"}
+    if token and from_hub:
+        headers["Authorization"] = f"Bearer {token}"
+    pause, problem = 1.0, ""
     for attempt in range(tries):
         if attempt:
-            print(f"{trouble}; trying again in {pause:.0f} s ({url})", flush=True)
+            print(f"{problem}; trying again in {pause:.0f} s ({url})", flush=True)
             time.sleep(pause)
             pause *= 2
-        have = os.path.getsize(part) if os.path.exists(part) else 0
+        n_done = os.path.getsize(part) if os.path.exists(part) else 0
+        if n_done:
+            headers["Range"] = f"bytes={n_done}-"
+        else:
+            headers.pop("Range", None)
         try:
-            with requests.get(url, headers=headers | ({"Range": f"bytes={have}-"} if have else {}), stream=True, timeout=30) as answer:
-                if answer.status_code in (401, 403):
-                    die(f"{url}: the server says {answer.status_code}; if it needs a licence, accept it on the site and set HF_TOKEN")
-                if answer.status_code == 429 or answer.status_code >= 500:
-                    trouble = f"the server says {answer.status_code}"
-                    pause = max(pause, min(float(re.sub(r"\D", "", answer.headers.get("Retry-After", "")) or 0), 300))
+            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+                status = response.status_code
+                if status == 429 or status >= 500:
+                    problem = f"the server answers {status}"
+                    seconds = re.sub(r"\D", "", response.headers.get("Retry-After", ""))
+                    pause = max(pause, min(float(seconds or 0), 300))
                     continue
-                if answer.status_code == 416:  # we hold more bytes than the file has: another file's leftovers
+                if status == 416:  # the part is longer than the file: it is of another file
                     os.remove(part)
-                    trouble = "the part on disk is not of this file"
+                    problem = "the part on disk is not of this file"
                     continue
-                if answer.status_code not in (200, 206):
-                    die(f"{url}: the server says {answer.status_code} {answer.reason}")
-                if answer.status_code == 200:  # all of it, whatever part we asked for
-                    have = 0
-                length = answer.headers.get("Content-Length")
-                total = have + int(length) if length and "Content-Encoding" not in answer.headers else None
-                with open(part, "ab" if have else "wb") as f, tqdm(
-                        total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), mininterval=1) as bar:
-                    for chunk in answer.iter_content(1 << 16):  # what is cut off is lost, but for whole chunks
+                if status not in (200, 206):
+                    licence = "; if it needs a licence, accept it on the site and set HF_TOKEN"
+                    die(f"{url}: the server answers {status} {response.reason}"
+                        + (licence if from_hub and status in (401, 403) else ""))
+                kind = response.headers.get("Content-Type", "")
+                if kind.startswith("text/html") and not path.endswith((".html", ".htm")):
+                    die(f"{url}: the answer is a web page, not the file: does this network ask for "
+                        "a login?")
+                if status == 200:  # the whole file, whatever was asked for
+                    n_done = 0
+                length = response.headers.get("Content-Length")
+                total = None
+                if length and "Content-Encoding" not in response.headers:
+                    total = n_done + int(length)
+                with open(part, "ab" if n_done else "wb") as f, tqdm(
+                        total=total, initial=n_done, unit="B", unit_scale=True, mininterval=1,
+                        desc=os.path.basename(path)) as bar:
+                    for chunk in response.iter_content(1 << 16):
                         f.write(chunk)
                         bar.update(len(chunk))
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as problem:
-            trouble = f"no answer ({type(problem).__name__})"
+                    f.flush()
+                    os.fsync(f.fileno())
+        except (requests.ConnectionError, requests.Timeout,
+                requests.exceptions.ChunkedEncodingError) as error:
+            problem = f"no answer ({type(error).__name__})"
             continue
-        except requests.RequestException as problem:  # a malformed address, say
-            die(f"{url}: {problem}")
-        except OSError as problem:
-            die(f"{part} could not be written ({problem}): make room on the disk and run the same command again, it goes on from there")
+        except requests.RequestException as error:  # such as a malformed address
+            die(f"{url}: {error}")
+        except OSError as error:
+            die(f"{part} could not be written ({error}): make room on the disk and run the same "
+                "command again, it continues from there")
         size = os.path.getsize(part)
         if total is None or size == total:
             os.replace(part, path)
             return path
-        trouble = f"got {size:,} of {total:,} bytes"
+        problem = f"got {size:,} of {total:,} bytes"
         if size > total:
             os.remove(part)
-    die(f"could not download {url}: {trouble}, {tries} times. Run the same command again to go on, or put the file at {path} yourself")
+    die(f"could not download {url}: {problem}, {tries} times. Run the same command again to "
+        f"continue, or put the file at {path} yourself")
 
 
-def hub():
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizers: GPT-2's, or one learned from a small text
 
 
 def get_tokenizer(source="gpt2"):
     """
-    A tiktoken.Encoding with <|endoftext|> as its last id. `source` is "gpt2", the path of a .tiktoken file (a line for each
-    token: its bytes in base64, its id), or such a file's text, which is how checkpoints carry it.
+    A tiktoken.Encoding with <|endoftext|> as its last id. source: "gpt2", the path of a .tiktoken
+    file (a line for each token: its bytes in base64, its id), or the text of such a file, which is
+    how checkpoints carry it.
     """
     import tiktoken
 
@@ -320,24 +348,47 @@ def get_tokenizer(source="gpt2"):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as problem:  # tiktoken passes on whatever its download raises
-            die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): "
-                "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
-    if "\n" not in source and not os.path.isfile(source):
-        die(f"tokenizer {source}: gpt2, or a .tiktoken file, and there is no such file")
-    lines = source if "\n" in source else open(source).read()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines.splitlines())}
-    return tiktoken.Encoding("learned", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+            die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): connect "
+                "once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    name, lines = "the tokenizer", source
+    if "\n" not in source:
+        if not os.path.isfile(source):
+            die(f"tokenizer={source}: gpt2, or a .tiktoken file, and there is no such file")
+        name = source
+        with open(source, encoding="utf-8") as f:
+            lines = f.read()
+    ranks = {}
+    try:
+        for line in filter(str.strip, lines.splitlines()):
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("the ids are not 0, 1, 2, ...")
+        if any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError("not every byte is a token")
+    except ValueError as problem:
+        die(f"{name} is not a .tiktoken file ({problem}): a line is a token in base64 and its id")
+    return tiktoken.Encoding("learned", pat_str=SPLIT, mergeable_ranks=ranks,
+                             special_tokens={EOT: len(ranks)})
+
+
+def tiktoken_text(tokens):
+    """Tokens (bytes) in the order of their ids -> the text of a .tiktoken file."""
+    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
+    return "".join(lines)
 
 
 def learn_bpe(documents, vocab_size):
     """
-    Byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): start from the 256 bytes; again and again, the most
-    frequent pair of neighbours becomes a token of its own. Returns the text of a .tiktoken file.
+    Byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2). It starts from the 256 bytes.
+    Again and again, the most frequent pair of neighbours becomes a token. Returns the text of a
+    .tiktoken file.
     """
     import regex  # comes with tiktoken; like re, but knows \p{L}
 
     counts = Counter(word for document in documents for word in regex.findall(SPLIT, document))
-    words = {word: [bytes([b]) for b in word.encode()] for word in counts}
+    # half a surrogate pair, which json can hold and UTF-8 cannot, is replaced
+    words = {word: [bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size - 1:  # one id is left for <|endoftext|>
         pairs = Counter()
@@ -352,26 +403,34 @@ def learn_bpe(documents, vocab_size):
             for i in range(len(parts) - 2, -1, -1):
                 if parts[i:i + 2] == [a, b]:
                     parts[i:i + 2] = [a + b]
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    return tiktoken_text(tokens)
+
+
+def bytes_to_unicode():
+    """OpenAI's spelling of bytes in vocab.json: {byte: a printable character}."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable}
+    return letters | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def vocab_and_merges(encoding):
     """
-    A tokenizer as OpenAI published GPT-2's, and as `transformers` reads it: the bytes of vocab.json, {token: id}, and of merges.txt, the
-    pairs in the order in which they are merged. Both spell every byte as a printable character.
+    A tokenizer as OpenAI published GPT-2's, and as `transformers` reads it: the bytes of
+    vocab.json, {token: id}, and of merges.txt, the pairs in the order in which they are merged.
     """
-    ranks = encoding._mergeable_ranks
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(sorted({*range(256)} - {*printable}))}
+    ranks, letters = encoding._mergeable_ranks, bytes_to_unicode()
 
     def spell(token):
         return "".join(letters[b] for b in token)
 
     merges = ["#version: 0.2"]
     for token in sorted(ranks, key=ranks.get):
+        # apply the earlier merges; two parts remain, the pair that became this token
         parts = [bytes([b]) for b in token]
-        while len(parts) > 2:  # merge as the tokens before this one do: the two parts that are left are the pair that made it
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        while len(parts) > 2:
+            pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+            i = pair_ranks.index(min(pair_ranks))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append(" ".join(map(spell, parts)))
@@ -379,16 +438,39 @@ def vocab_and_merges(encoding):
     return json.dumps(vocab).encode(), "\n".join(merges + [""]).encode()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# documents -> tokens -> shards
+def read_vocab(folder):
+    """
+    The tokenizer of a folder in Hugging Face's layout, from its vocab.json: the text of a
+    .tiktoken file, or "gpt2" if it is GPT-2's own.
+    """
+    path = os.path.join(folder, "vocab.json")
+    byte_of = {letter: b for b, letter in bytes_to_unicode().items()}
+    try:
+        with open(path, encoding="utf-8") as f:
+            vocab = json.load(f)
+        names = sorted(vocab, key=vocab.get)
+        if names[-1] != EOT:
+            raise ValueError(f"its last token is not {EOT}")
+        tokens = [bytes(byte_of[letter] for letter in name) for name in names[:-1]]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as problem:
+        die(f"{path} is not a vocabulary as GPT-2 has it ({type(problem).__name__}: {problem})")
+    text = tiktoken_text(tokens)
+    return "gpt2" if hashlib.sha256(text.encode()).hexdigest() == GPT2_SHA256 else text
+
+
+# --------------------------------------------------------------------------------------------------
+# documents
 
 
 def text_files(pattern):
     """The local files that `text=` names, in a fixed order."""
     paths = []
     for part in pattern.split(","):
-        found = glob.glob(os.path.join(part, "**"), recursive=True) if os.path.isdir(part) else glob.glob(part)
-        found = sorted(p for p in found if p.endswith((".txt", ".jsonl", ".parquet")))
+        found = [part] if os.path.isfile(part) else glob.glob(part)
+        if os.path.isdir(part):
+            found = glob.glob(os.path.join(glob.escape(part), "**"), recursive=True)
+        endings = (".txt", ".jsonl", ".parquet")
+        found = sorted(path for path in found if path.endswith(endings) and os.path.isfile(path))
         if not found:
             die(f"text={part}: no .txt, .jsonl or .parquet file there")
         paths += found
@@ -396,145 +478,272 @@ def text_files(pattern):
 
 
 def fineweb_files():
-    """The parquet files of FineWeb-Edu's 10BT sample, one after the other, each downloaded when it is asked for."""
-    repo = "datasets/HuggingFaceFW/fineweb-edu"
-    listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT", os.path.join(data, "parquet", "files.json"))
-    for entry in sorted(json.load(open(listing)), key=lambda entry: entry["path"]):
-        if entry["path"].endswith(".parquet"):
-            yield download(f"{hub()}/{repo}/resolve/main/{entry['path']}", os.path.join(data, "parquet", os.path.basename(entry["path"])))
+    """The parquet files of FineWeb-Edu's 10BT sample; each is downloaded when it is asked for."""
+    repo, folder = "datasets/HuggingFaceFW/fineweb-edu", os.path.join(data, "parquet")
+    listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT",
+                       os.path.join(folder, "files.json"))
+    try:
+        with open(listing, encoding="utf-8") as f:
+            names = sorted(entry["path"] for entry in json.load(f))
+    except (ValueError, KeyError, TypeError):
+        die(f"{listing} is not a list of files of the hub: delete it and run this again")
+    for name in names:
+        if name.endswith(".parquet"):
+            yield download(f"{hub()}/{repo}/resolve/main/{name}",
+                           os.path.join(folder, os.path.basename(name)))
 
 
 def read_documents(paths):
-    """Yields every document of the files, as a string."""
+    """
+    Yields every document of the files, as a string. Empty and null ones are left out. Text that is
+    not UTF-8, or is no text, ends the run with one line that says where.
+    """
     for path in paths:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet
+        rows = read_parquet(path) if path.endswith(".parquet") else read_lines(path)
+        for number, document in enumerate(rows, 1):
+            if document is None:
+                continue
+            if not isinstance(document, str):
+                die(f"{path}, row {number}: \"text\" is {document!r:.60}, not text")
+            if document.strip():
+                yield document
 
-            try:
-                batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"])
-            except (pyarrow.ArrowException, OSError) as problem:
-                die(f"{path} is not a whole .parquet file ({problem})")
-            for batch in batches:
-                if "text" not in batch.schema.names:
-                    die(f"{path} has no column \"text\"")
-                yield from (text or "" for text in batch.column("text").to_pylist())
-        else:
-            with open(path, encoding="utf-8", errors="replace") as f:
-                for line in f:
-                    if line.strip():
-                        try:
-                            yield json.loads(line)["text"] + "" if path.endswith(".jsonl") else line.strip()
-                        except (ValueError, KeyError, TypeError):
-                            die(f"{path}: not a json object with a \"text\": {line[:60]!r}")
+
+def read_lines(path):
+    """Yields the documents of a .txt or .jsonl file."""
+    try:
+        # "-sig": a byte order mark at the beginning is no text
+        with open(path, encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if "\0" in line:
+                    die(f"{path}, line {number} holds zero bytes: save the file in UTF-8")
+                if not line.strip():
+                    yield None
+                elif path.endswith(".jsonl"):
+                    try:
+                        yield json.loads(line)["text"]
+                    except (ValueError, KeyError, TypeError):
+                        die(f"{path}, line {number}: not a json object with a \"text\": "
+                            f"{line[:60]!r}")
+                else:
+                    yield line.strip()
+    except UnicodeDecodeError as problem:
+        die(f"{path} is not UTF-8 ({problem.reason}): convert it, such as with `iconv -t utf-8`")
+
+
+def read_parquet(path):
+    """Yields the rows of the column "text"."""
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            die(f"{path} has no column \"text\"")
+        for batch in file.iter_batches(1024, columns=["text"]):
+            yield from batch.column("text").to_pylist()
+    except (pyarrow.ArrowException, OSError) as problem:
+        die(f"{path} is not a whole .parquet file ({problem})")
+
+
+# --------------------------------------------------------------------------------------------------
+# documents -> tokens -> shards
 
 
 @functools.lru_cache
 def single_spaced(encoding):
     """
-    The same tokenizer for texts without white space in a row, which it cuts twice as fast. Built once: that takes a third of a second.
-    It gets the special tokens too, which are never looked for: where there are none, tiktoken looks for nothing, and finds it everywhere.
+    The same tokenizer with the fast pattern, SPLIT_SINGLE_SPACED. It takes a third of a second to
+    build. The special tokens are passed on, though no text is searched for them: without any,
+    tiktoken searches with an empty pattern, which matches everywhere.
     """
     import tiktoken
 
-    return tiktoken.Encoding("single-spaced", pat_str=SPLIT_SINGLE_SPACED, mergeable_ranks=encoding._mergeable_ranks,
+    return tiktoken.Encoding("single-spaced", pat_str=SPLIT_SINGLE_SPACED,
+                             mergeable_ranks=encoding._mergeable_ranks,
                              special_tokens=encoding._special_tokens)
 
 
+def pieces(document):
+    """
+    Cuts a document after every 1,000 white space characters in a row. tiktoken's pattern fails on
+    rows of hundreds of thousands.
+    """
+    ends = [match.end() for match in re.finditer(r"\s{1000}", document)]
+    return [document[a:b] for a, b in zip([0, *ends], [*ends, len(document)])]
+
+
 def tokenize(documents, encoding):
-    """Yields one uint16 array for each document, in order, on all cores: tiktoken works outside Python's global lock."""
-    eot, in_a_row, fast = np.array([encoding.eot_token], np.uint16), re.compile(r"\s\s"), single_spaced(encoding)
+    """
+    Yields a uint16 array for each document, in order: <|endoftext|>, then its tokens. It uses all
+    cores: tiktoken releases Python's global lock.
+    """
+    two_spaces, fast = re.compile(r"\s\s"), single_spaced(encoding)
 
     def encode(document):
-        try:
-            tokens = (encoding if in_a_row.search(document) else fast).encode_to_numpy(document, disallowed_special=())
-        except UnicodeEncodeError:  # half a surrogate pair, which json can hold and UTF-8 can't: encode_ordinary replaces it
-            tokens = encoding.encode_ordinary(document)
-        return np.concatenate([eot, tokens], dtype=np.uint16, casting="unsafe")
+        tokens = [np.array([encoding.eot_token], np.uint16)]
+        for piece in pieces(document):
+            tokenizer = encoding if two_spaces.search(piece) else fast
+            try:
+                ids = tokenizer.encode_to_numpy(piece, disallowed_special=())
+            except UnicodeEncodeError:  # half a surrogate pair; encode_ordinary replaces it
+                ids = encoding.encode_ordinary(piece)
+            tokens.append(np.array(ids, np.uint16))
+        return np.concatenate(tokens)
 
-    documents, workers = iter(documents), os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
+    def encode_batch(batch):
+        return [encode(document) for document in batch]
+
+    documents, n_threads = iter(documents), os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool:
         pending = deque()
         while batch := list(islice(documents, 256)):
-            pending.append(pool.submit(lambda batch: [encode(document) for document in batch], batch))
-            if len(pending) > 2 * workers:
+            pending.append(pool.submit(encode_batch, batch))
+            if len(pending) > 2 * n_threads:
                 yield from pending.popleft().result()
         for future in pending:
             yield from future.result()
 
 
+def all_tokens(paths, encoding, n_skip):
+    """
+    Yields the token arrays of all documents but the first n_skip. File by file: tokenize reads
+    ahead, and the next file may still have to be downloaded.
+    """
+    for path in paths:
+        documents = read_documents([path])
+        n_skip -= sum(1 for _ in islice(documents, n_skip))
+        yield from tokenize(documents, encoding)
+
+
+def limit(arrays, n):
+    """Yields the first n tokens of some arrays, and asks for no array after that. n=None: all."""
+    for tokens in arrays:
+        yield tokens[:n]
+        if n is not None:
+            n -= len(tokens)
+            if n <= 0:
+                return
+
+
+def cut_into_shards(arrays, sizes, n_documents, offset):
+    """
+    Yields (shard, n_documents, offset): the arrays, end to end, in pieces of the given sizes, the
+    last one shorter; and how far they go: n_documents whole ones and `offset` tokens of the next.
+    n_documents, offset: the same for what was written before; the arrays begin with the next
+    document, whole.
+    """
+    size, parts, n_tokens = next(sizes), [], 0
+    for tokens in arrays:
+        tokens = tokens[offset:]
+        while n_tokens + len(tokens) >= size:
+            take = size - n_tokens
+            offset += take
+            yield np.concatenate([*parts, tokens[:take]]), n_documents, offset
+            tokens = tokens[take:]
+            size, parts, n_tokens = next(sizes), [], 0
+        parts.append(tokens)
+        n_tokens += len(tokens)
+        n_documents, offset = n_documents + 1, 0
+    if n_tokens:
+        yield np.concatenate(parts), n_documents, 0
+
+
+def read_progress(path, run_settings):
+    """
+    progress.json: the settings of the run; how many shards, documents and tokens are done; and how
+    many tokens of the next document (offset). Ends the run if the settings have changed.
+    """
+    if not os.path.exists(path):
+        return run_settings | dict(shards=0, documents=0, offset=0, tokens=0)
+    try:
+        with open(path, encoding="utf-8") as f:
+            progress = json.load(f)
+        progress["shards"] + progress["documents"] + progress["offset"] + progress["tokens"]
+    except (ValueError, KeyError, TypeError):
+        die(f"{path} is damaged: delete {os.path.dirname(path)} and begin again")
+    for name, value in run_settings.items():
+        if name in progress and progress[name] != value:
+            if name == "files":
+                die(f"the files of text= have changed since {os.path.dirname(path)} was begun: "
+                    "put them back as they were, or take another data=")
+            die(f"{os.path.dirname(path)} was begun with {name}={progress[name]}, not {value}: "
+                "use the same setting, another data=, or delete the folder")
+    return progress
+
+
+# --------------------------------------------------------------------------------------------------
+
 if __name__ == "__main__":
     print_settings(configure(globals()))
     if max_tokens and max_tokens <= val_tokens:
-        die(f"max_tokens={max_tokens:,} leaves nothing to train on: the first val_tokens={val_tokens:,} are the validation set")
+        die(f"max_tokens={max_tokens:,} leaves nothing to train on: the first "
+            f"val_tokens={val_tokens:,} are the validation set")
+    if tokenizer == "learn" and not text:
+        die("tokenizer=learn needs text=: it reads the text twice")
     paths = text_files(text) if text else fineweb_files()
-    os.makedirs(data, exist_ok=True)
-
+    run_settings = dict(text=text, tokenizer=tokenizer, shard_size=shard_size,
+                        val_tokens=val_tokens, max_tokens=max_tokens)
+    if text:
+        run_settings["files"] = [[os.path.basename(path), os.path.getsize(path)] for path in paths]
+    if tokenizer == "learn":
+        run_settings["vocab_size"] = vocab_size
+    lock_folder(data)
     progress_file = os.path.join(data, "progress.json")
-    same = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens, max_tokens=max_tokens)
-    if tokenizer != "gpt2":  # a vocabulary of its own goes with the shards: train_gpt2.py looks for it there
-        if tokenizer == "learn":
-            same |= dict(vocab_size=vocab_size)
-        if not os.path.exists(progress_file):
-            if tokenizer == "learn" and not text:
-                die("tokenizer=learn needs text=: it reads the text twice")
-            if tokenizer != "learn" and not os.path.isfile(tokenizer):
-                die(f"tokenizer={tokenizer}: no such file")
-            merges = learn_bpe(read_documents(paths), vocab_size) if tokenizer == "learn" else open(tokenizer).read()
-            save_atomically(os.path.join(data, "tokenizer.tiktoken"), lambda f: f.write(merges.encode()))
-        tokenizer = os.path.join(data, "tokenizer.tiktoken")
-    encoding = get_tokenizer(tokenizer)
-    if encoding.n_vocab > 2**16:
-        die(f"tokenizer={tokenizer} has {encoding.n_vocab:,} tokens: shards hold 16-bit ids, 65,536 at most")
-    print(f"tokenizer: {tokenizer}, {encoding.n_vocab:,} tokens")
-
-    # A shard's number says where it belongs; progress.json says how many documents went into the shards written so far,
-    # and how many tokens of the next document are in them already, so that a second run goes on at that very token.
-    progress = json.load(open(progress_file)) if os.path.exists(progress_file) else same | dict(shards=0, documents=0, offset=0, tokens=0)
-    for name, value in same.items():
-        if progress.get(name) != value:
-            die(f"{data} was begun with {name}={progress.get(name)}, not {value}: use the same setting, another data=, or delete the folder")
-    shard, document, skip, total = progress["shards"], progress["documents"], progress["offset"], progress["tokens"]
+    begun = os.path.exists(progress_file)
+    if not begun and glob.glob(os.path.join(glob.escape(data), "*.npy")):
+        die(f"{data} holds shards that another program wrote, or parts of them: take another data=")
+    progress = read_progress(progress_file, run_settings)
     if progress.get("done"):
-        print(f"{data}: {total:,} tokens in {shard} shards are there already")
+        print(f"{data} is complete: {progress['tokens']:,} tokens in {progress['shards']} shards")
         sys.exit(0)
 
-    def write_shard(tokens, **state):
+    # A vocabulary of its own lies beside the shards, where train_gpt2.py finds it.
+    tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
+    if not begun:
+        with suppress(FileNotFoundError):  # from a run that failed
+            os.remove(tokenizer_file)
+        if tokenizer == "learn":
+            merges = learn_bpe(read_documents(paths), vocab_size)
+            save_atomically(tokenizer_file, lambda f: f.write(merges.encode()))
+        elif tokenizer != "gpt2":
+            ranks = get_tokenizer(tokenizer)._mergeable_ranks
+            own_text = tiktoken_text(sorted(ranks, key=ranks.get))
+            save_atomically(tokenizer_file, lambda f: f.write(own_text.encode()))
+    if tokenizer != "gpt2":
+        tokenizer = tokenizer_file
+    encoding = get_tokenizer(tokenizer)
+    if encoding.n_vocab > 2**16:
+        die(f"tokenizer={tokenizer} has {encoding.n_vocab:,} tokens: shards hold 16-bit ids, at "
+            "most 65,536")
+    print(f"tokenizer: {tokenizer}, {encoding.n_vocab:,} tokens")
+
+    n_left = None
+    if max_tokens:
+        # the next document is read whole: its first tokens are in a shard already
+        n_left = max_tokens - progress["tokens"] + progress["offset"]
+    arrays = limit(all_tokens(paths, encoding, progress["documents"]), n_left)
+    shard = progress["shards"]
+    sizes = iter(lambda: val_tokens if shard == 0 else shard_size, None)
+    t0, tokens_before = time.time(), progress["tokens"]
+    for tokens, n_documents, offset in cut_into_shards(arrays, sizes, progress["documents"],
+                                                       progress["offset"]):
         split = "val" if shard == 0 else "train"
-        save_atomically(os.path.join(data, f"edufineweb_{split}_{shard:06d}.npy"), lambda f: np.save(f, tokens))
-        state = same | dict(shards=shard + 1, tokens=total) | state
-        save_atomically(progress_file, lambda f: f.write(json.dumps(state, indent=1).encode()))
-        speed = (total - before) / (time.time() - t0) / 1e6
-        print(f"shard {shard} ({split}): {len(tokens):,} tokens | {total:,} tokens so far | {speed:.2f}M tokens/s", flush=True)
-
-    t0, before = time.time(), total
-    buffer = np.empty(val_tokens if shard == 0 else shard_size, dtype=np.uint16)
-    used = 0
-
-    def tokens_to_come(skip):
-        for path in paths:  # file by file: tokenize reads ahead, and the next file may still have to be downloaded
-            documents = read_documents([path])
-            skip -= sum(1 for _ in islice(documents, skip))
-            yield from tokenize(documents, encoding)
-
-    for tokens in tokens_to_come(document):
-        if max_tokens:
-            if total + used == max_tokens:
-                break
-            tokens = tokens[:skip + max_tokens - total - used]
-        while len(tokens) - skip >= len(buffer) - used:  # the document fills the shard: the rest of it opens the next one
-            take = len(buffer) - used
-            buffer[used:] = tokens[skip:skip + take]
-            skip += take
-            total += len(buffer)
-            write_shard(buffer, documents=document, offset=skip)
-            shard, used, buffer = shard + 1, 0, np.empty(shard_size, dtype=np.uint16)
-        buffer[used:used + len(tokens) - skip] = tokens[skip:]
-        used += len(tokens) - skip
-        document, skip = document + 1, 0
-    if shard == 0:
-        die(f"the text has only {used:,} tokens, and val_tokens={val_tokens:,} of them were to be the validation set: lower val_tokens=")
-    total += used
-    if used:
-        write_shard(buffer[:used], documents=document, offset=0, done=True)
-    else:  # the last shard came out exactly full
-        save_atomically(progress_file, lambda f: f.write(json.dumps(json.load(open(progress_file)) | dict(done=True), indent=1).encode()))
+        shard += 1
+        path = os.path.join(data, f"edufineweb_{split}_{shard - 1:06d}.npy")
+        save_atomically(path, lambda f: np.save(f, tokens))
+        progress |= dict(shards=shard, documents=n_documents, offset=offset,
+                         tokens=progress["tokens"] + len(tokens))
+        save_atomically(progress_file, lambda f: f.write(json.dumps(progress, indent=1).encode()))
+        speed = (progress["tokens"] - tokens_before) / (time.time() - t0) / 1e6
+        print(f"shard {shard - 1} ({split}): {len(tokens):,} tokens | {progress['tokens']:,} so far "
+              f"| {speed:.2f}M tokens/s", flush=True)
+    if progress["shards"] < 2:
+        for path in glob.glob(os.path.join(glob.escape(data), "edufineweb_val_*.npy")):
+            os.remove(path)
+        for path in (progress_file, tokenizer_file):
+            with suppress(FileNotFoundError):
+                os.remove(path)
+        die(f"the text has {progress['tokens']:,} tokens, and the first val_tokens={val_tokens:,} "
+            "are the validation set: nothing is left to train on; lower val_tokens=")
+    progress["done"] = True
+    save_atomically(progress_file, lambda f: f.write(json.dumps(progress, indent=1).encode()))

@@ -7,6 +7,7 @@ uninterrupted run), and the rules of the house. What needs real data runs where 
 import concurrent.futures
 import copy
 import functools
+import gc
 import http.server
 import importlib.util
 import io
@@ -78,6 +79,8 @@ def fails(script, words, cwd, env):
             runpy.run_path(os.path.join(REPO, script), run_name="__main__")
     errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1, out.getvalue() + err.getvalue()
+    del stop
+    gc.collect()  # closes the script's files, and with them its locks
     return errors[0]
 
 
@@ -194,7 +197,7 @@ def test_configure_expands_the_home_folder(configured, monkeypatch):
 
 def test_help_needs_no_docstrings_in_memory(tmp_path):
     done = subprocess.run([sys.executable, "-OO", os.path.join(REPO, "fineweb.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "shard_size=100000000" in done.stdout and "first stage" in done.stdout
+    assert done.returncode == 0 and "shard_size=100000000" in done.stdout and "Text to token shards" in done.stdout
 
 
 def test_one_process_writes_a_folder(tmp_path):
@@ -207,7 +210,7 @@ def test_one_process_writes_a_folder(tmp_path):
 
 def test_help_lists_settings_with_their_comments(tmp_path):
     said = run("train_caption.py --help", tmp_path)
-    assert "every=1" in said and "so-manieth block" in said
+    assert "every=1" in said and "before every k-th block" in said
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
@@ -373,6 +376,131 @@ def test_fineweb_downloads_no_more_than_it_needs(tmp_path):
     server.server_close()
     assert Hub.asked == ["10BT", "000_00000.parquet", "001_00000.parquet"]
     assert sum(len(np.load(path)) for path in (tmp_path / "shards").glob("*.npy")) == one_file + 500
+
+
+# ---- texts and shards that are not as they should be
+
+
+def shard_command(text, data="out", more=""):
+    return f"fineweb.py text={text} data={data} tokenizer=learn vocab_size=300 val_tokens=50 {more}"
+
+
+@pytest.mark.parametrize("name, content, hint", [
+    ("a.txt", "the dog".encode("utf-16"), "not UTF-8"),
+    ("a.txt", "the dog\n".encode("utf-16-le"), "zero bytes"),
+    ("a.txt", "naïve".encode("latin-1"), "not UTF-8"),
+    ("a.jsonl", b'{"text": 5}\n', "row 1: \"text\" is 5, not text"),
+    ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2: not a json object"),
+    ("a.parquet", b"PAR1 half", "not a whole .parquet"),
+    ("a.txt", b"too short", "lower val_tokens="),
+    ("[1].md", b"the dog", "no .txt, .jsonl or .parquet")])
+def test_bad_text_ends_with_one_line_and_leaves_no_shard(name, content, hint, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert hint in run(shard_command(name), tmp_path, ok=False)
+    left = os.listdir(tmp_path / "out") if (tmp_path / "out").exists() else []
+    assert not [file for file in left if file != ".lock"]
+
+
+@pytest.mark.parametrize("column", [[b"a dog"], [3], [["a"]]])
+def test_a_parquet_column_that_is_no_text_is_named(column, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(dict(text=column)), tmp_path / "a.parquet")
+    assert "row 1" in run(shard_command("a.parquet"), tmp_path, ok=False)
+
+
+def test_null_documents_are_left_out_and_marks_are_no_text(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = ['{"text": "a"}', '{"text": null}', "", '{"text": " "}', '{"text": "b"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "[b].txt").write_text("c\n", encoding="utf-8-sig")
+    (tmp_path / "sub.txt").mkdir()
+    table = pyarrow.table(dict(text=["a", None, " ", "b"]))
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    files = fineweb.text_files(f"{tmp_path}/[b].txt,{tmp_path}")
+    assert [os.path.basename(path) for path in files] == ["[b].txt", "[b].txt", "a.jsonl", "c.parquet"]
+    assert list(fineweb.read_documents(files[1:])) == ["c", "a", "b", "a", "b"]
+
+
+def test_a_million_blanks_in_a_row_are_cut_and_nothing_is_lost():
+    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    document = "the cat" + " " * 1_000_003 + "sat"
+    (tokens,) = fineweb.tokenize([document], tokenizer)
+    assert tokenizer.decode(tokens[1:].tolist()) == document
+
+
+def test_a_folder_of_shards_is_never_mixed(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    (tmp_path / "theirs").mkdir()
+    np.save(tmp_path / "theirs/edufineweb_train_000001.npy", np.zeros(9, np.uint16))
+    assert "another program" in run(shard_command("a.txt", "theirs"), tmp_path, ok=False)
+    run(shard_command("a.txt"), tmp_path)
+    assert "is complete" in run(shard_command("a.txt"), tmp_path)
+    (tmp_path / "a.txt").write_text("\n".join(TEXT[1:]), encoding="utf-8")
+    assert "files of text= have changed" in run(shard_command("a.txt"), tmp_path, ok=False)
+    (tmp_path / "out/progress.json").write_text("")
+    assert "progress.json is damaged" in run(shard_command("a.txt"), tmp_path, ok=False)
+
+
+@pytest.mark.parametrize("content, hint", [
+    ("", "not every byte"), ("YQ== 0\n", "not every byte"), ("YQ 0\n", "padding"), ("a b c\n", "unpack"),
+    ("YQ== 1\n", "0, 1, 2")])
+def test_a_bad_tiktoken_file_is_one_line(content, hint, tmp_path, capsys):
+    (tmp_path / "bad.tiktoken").write_text(content)
+    with pytest.raises(SystemExit):
+        fineweb.get_tokenizer(str(tmp_path / "bad.tiktoken"))
+    assert hint in capsys.readouterr().err
+
+
+def test_a_vocabulary_comes_back_from_its_published_form(tmp_path):
+    text = fineweb.learn_bpe(TEXT, 320)
+    vocab, merges = fineweb.vocab_and_merges(fineweb.get_tokenizer(text))
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    assert fineweb.read_vocab(str(tmp_path)) == text
+    (tmp_path / "vocab.json").write_bytes(b'{"<s>": 0}')
+    with pytest.raises(SystemExit):
+        fineweb.read_vocab(str(tmp_path))
+
+
+@needs_shared
+def test_gpt2s_own_vocabulary_is_known_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
+    vocab, _ = fineweb.vocab_and_merges(fineweb.get_tokenizer("gpt2"))
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    assert fineweb.read_vocab(str(tmp_path)) == "gpt2"
+
+
+class Portal(http.server.BaseHTTPRequestHandler):
+    """Answers everything with a web page, as a hotel's network does; or refuses."""
+    status, agents = 200, []
+
+    def do_GET(self):
+        self.agents.append(self.headers["User-Agent"])
+        self.send_response(self.status)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(b"<html>log in")
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("status, hint", [(200, "a web page, not the file"), (403, "answers 403")])
+def test_a_web_page_is_not_kept_as_a_file(status, hint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Portal, "status", status)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Portal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(SystemExit):
+        fineweb.download(f"http://127.0.0.1:{server.server_port}/files.json",
+                         str(tmp_path / "files.json"))
+    server.shutdown()
+    server.server_close()
+    said = capsys.readouterr().err
+    assert hint in said and "HF_TOKEN" not in said and not os.listdir(tmp_path)
+    assert "nanocaption" in Portal.agents[-1]
 
 
 # ---- the exam (hellaswag.py)
@@ -1979,13 +2107,14 @@ def test_gpt_from_the_hub_a_folder_or_a_file(trained):
     gpt.save_pretrained(str(trained / "pretrained/gpt2"))  # as if downloaded
     losses, words = [], dict(TIKTOKEN_CACHE_DIR=os.path.join(SHARED, "tiktoken"))
     for name in ("gpt2", "pretrained/gpt2/model.safetensors"):
+        shutil.rmtree(trained / "hub", ignore_errors=True)
         run(f"{CAPTION_RUN} out_dir=hub max_steps=1 gpt={name}", trained, env=words)
         losses += log_column(trained / "hub/log.csv", "loss")
     assert losses[0] == losses[1] == pytest.approx(np.log(50257), abs=0.2)
     shutil.rmtree(trained / "pretrained")
     assert "000001.jpg: " in run("train_caption.py image=shapes/val2017/000001.jpg out_dir=hub", trained, env=words)
     small_gpt().save_pretrained(str(trained / "other_words"))
-    assert "only GPT-2's vocabulary" in run(f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words)
+    assert "with its own tokenizer" in run(f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words)
 
 
 @pytest.mark.parametrize("fusion", ["linear", "qformer"])
