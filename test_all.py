@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shlex
@@ -1214,6 +1215,64 @@ def test_cider_scores_are_pycocoevalcaps(seed):
     assert set(wanted) == set(scores) == set(per_image)
     for metric, (overall, each) in wanted.items():
         np.testing.assert_allclose([scores[metric], *per_image[metric]], [overall, *each], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fast_cider_is_the_formula(seed):
+    rng = random.Random(seed)
+    made = lambda: [rng.choice("abcdef") for _ in range(rng.randrange(9))]
+    candidates = [made() for _ in range(12)]
+    references = [[made() for _ in range(rng.randint(1, 5))] for _ in candidates]
+    fast = cider.evaluate(candidates, references, tokenized=True)[1]["CIDEr"]
+    assert np.allclose(fast, cider.naive_cider(candidates, references), rtol=0, atol=1e-12)
+
+
+def captions_json(images=({"id": 1}, {"id": 2}), annotations=None, **more):
+    if annotations is None:
+        annotations = [dict(image_id=image["id"], caption="a dog") for image in images]
+    return dict(images=list(images), annotations=annotations) | more
+
+
+ROWS = [dict(image_id=1, caption="a"), dict(image_id=2, caption="b")]
+
+
+@pytest.mark.parametrize("content, hint", [
+    (captions_json([{"id": 1}, {"id": "1"}]), "two images have the id 1"),
+    (captions_json(annotations=[*ROWS, dict(image_id=1, caption=None)]), "image 1 is None, not text"),
+    (captions_json(annotations=[*ROWS, dict(image_id=2, caption=["b"])]), "image 2 is ['b'], not text"),
+    (captions_json(annotations=[*ROWS, dict(image_id=2, caption=" ")]), "image 2 is ' ', not text"),
+    (captions_json(annotations=ROWS[:1]), "1 of 2 images have no caption, such as image_id 2"),
+    (captions_json(annotations=[dict(id=7, caption="a")]), "'image_id' is missing"),
+    (captions_json([{"id": 1, "file_name": None}]), "file_name of image 1 is None"),
+    (dict(images=[{"id": 1}]), "'annotations' is missing"),
+    (captions_json([]), "0 of 0 images"),
+    ([1], "not a COCO captions file")])
+def test_a_captions_file_is_checked_once_for_all(content, hint, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        cider.read_captions(str(tmp_path / "c.json"))
+
+
+def test_captions_of_images_that_are_not_listed_are_left_out(tmp_path):
+    content = captions_json([{"id": "x", "file_name": "x.jpg"}],
+                            [dict(image_id="x", caption="a"), dict(image_id=9, caption="b")])
+    (tmp_path / "c.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert cider.read_captions(str(tmp_path / "c.json")) == (content["images"], [["a"]])
+
+
+def test_results_for_a_part_are_scored_when_asked(tmp_path):
+    references = {1: ["a dog runs", "the dog"], 2: ["two birds sit"], "3": ["a cat on a mat"]}
+    rows = [dict(image_id=i, caption=c) for i, captions in references.items() for c in captions]
+    (tmp_path / "c.json").write_text(json.dumps(captions_json([{"id": i} for i in references], rows)))
+    (tmp_path / "r.json").write_text(json.dumps([dict(image_id="1", caption="a dog"),
+                                                 dict(image_id=3, caption="a cat")]))
+    assert "subset=True" in run("cider.py r.json c.json", tmp_path, ok=False)
+    run("cider.py r.json c.json subset=True out=s.json", tmp_path)
+    scores, _ = cider.evaluate(["a dog", "a cat"], [references[1], references["3"]])
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [1, "3"]
+    (tmp_path / "r.json").write_text(json.dumps([dict(image_id=1, caption="a dog")]))
+    assert "is always 0" in run("cider.py r.json c.json subset=True", tmp_path)
 
 
 def test_cider_with_given_frequencies():
