@@ -539,7 +539,7 @@ def test_compile_none_means_cuda_with_triton(monkeypatch, capsys):
 def test_the_first_lines_say_what_runs_where(road):
     said = printed_by(f"{GPT_RUN} out_dir=first_lines max_steps=2 warmup_steps=2", road)
     assert "1 process(es) x 4 x 4 x 32 on cpu, float32, not compiled" in said
-    assert "warmup_steps=2: the learning rate only rises" in said
+    assert "warmup_steps=2: in a run of max_steps=2 the learning rate only rises" in said
     assert said.count("GB at most") == 1
 
 
@@ -697,7 +697,7 @@ def test_gpt_exam_samples_and_export(road, tmp_path):
     ("data=nowhere", "no val shards"), ("schedule=linear", "one of cosine, wsd"),
     ("device=gpu", "device=gpu"), ("wandb_log=True", "pip install wandb"),
     ("init_from=gpt/ckpt.pt data=other", "another tokenizer"), ("n_head=3", "3 heads"),
-    ("init_from=resume out_dir=gpt n_layer=3", "'n_layer': 2"), ("max_steps=0", ">= 1"),
+    ("init_from=resume out_dir=gpt n_layer=3", "n_layer=2 and keeps it"), ("max_steps=0", ">= 1"),
     ("exam=5", "hellaswag_questions="), ("hellaswag_questions=3 hellaswag_file=empty", "no question"),
     ("init_from=nowhere", "no such file"), ("init_from=resume out_dir=absent prompt=x", "absent")])
 def test_gpt_bad_input(road, words, hint):
@@ -797,16 +797,22 @@ def test_a_run_is_never_trained_over(road):
     before = (road / "gpt/log.csv").read_bytes()
     for words in ("", "init_from=gpt/best.pt"):
         assert "init_from=resume" in run(f"{GPT_RUN} out_dir=gpt {words}", road, ok=False)
+    (road / "val_only").mkdir()
+    for name in ("tokenizer.tiktoken", "edufineweb_val_000000.npy"):
+        shutil.copy(road / "tokens" / name, road / "val_only")
     assert "no train shards" in run(f"{GPT_RUN} out_dir=gpt init_from=resume data=val_only", road,
                                     ok=False)
     assert (road / "gpt/log.csv").read_bytes() == before
 
 
 def test_the_trained_run_is_what_one_samples_exports_and_evaluates(road):
-    whole = GPT.from_pretrained(str(road / "gpt/ckpt.pt")).state_dict()
     printed_by("train_gpt2.py out_dir=gpt device=cpu export=exported", road)
-    exported = GPT.from_pretrained(str(road / "exported")).state_dict()
-    assert all(torch.equal(w, exported[key]) for key, w in whole.items())
+    (road / "exported/vocab.json").unlink()
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        trained, exported = (GPT.from_pretrained(str(road / name))(idx)
+                             for name in ("gpt/ckpt.pt", "exported"))
+    assert torch.equal(trained, exported)
     # data, sizes and eval_tokens are the run's; what is said is what was read: whole sequences
     said = printed_by("train_gpt2.py out_dir=gpt device=cpu eval_only=True", road)
     loss = log_column(road / "gpt/log.csv", "val_loss")[-1]
@@ -944,6 +950,37 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def test_wandb_mirrors_the_log_and_its_refusal_is_one_line(tmp_path, monkeypatch, capsys):
+    logged = []
+    wandb = SimpleNamespace(init=lambda **kw: None, log=lambda row, step: logged.append((step, row)),
+                            errors=SimpleNamespace(Error=KeyError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    started = train_gpt2.start_wandb(dict(out_dir="out/x"))
+    log = train_gpt2.Log(str(tmp_path / "log.csv"), ["step", "loss", "acc"], 0, started)
+    log.add(step=3, loss=2.5, acc=None)
+    assert logged == [(3, dict(step=3, loss=2.5))]
+
+    def refuse(**kw):
+        raise KeyError("api_key not configured (no-tty)")
+
+    wandb.init = refuse
+    with pytest.raises(SystemExit):
+        train_gpt2.start_wandb(dict(out_dir="out/x"))
+    assert "no-tty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu, peak", [
+    ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-40GB", 312e12)])
+def test_peak_flops_are_those_of_the_gpu(gpu, peak):
+    assert train_gpt2.peak_flops(gpu) == peak
+
+
+def test_mfu_of_an_unknown_device_is_nan():
+    assert math.isnan(train_gpt2.peak_flops("Another")) and math.isnan(
+        train_gpt2.mfu(small_gpt(), 64, 1000))
 
 
 @pytest.mark.parametrize("lost", [0, 1])
