@@ -627,15 +627,49 @@ def test_loss_in_chunks_equals_cross_entropy(train_head):  # 1,300 positions are
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_the_training_step_compiles_as_one_graph():
-    gpt, idx = small_gpt(scale=1), torch.randint(0, 101, (2, 20))
-    compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)  # captures forward and backward, needs no compiler
-    grads = []
-    for model in (gpt, compiled):
-        gpt.zero_grad()
-        model(idx[:, :-1], idx[:, 1:]).backward()
-        grads.append(gpt.lm_head.weight.grad.clone())
-    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+def test_compiled_training_equals_eager_training_with_one_program_for_all_blocks():
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = small_gpt(scale=1), small_gpt(scale=1)
+    for block in compiled.transformer.h:
+        block.compile()
+    batches = torch.randint(0, 101, (20, 2, 13)).unbind()
+    losses, grads, logits = [], [], []
+    for model in (plain, compiled):
+        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-4, 0.1)
+        model(batches[0][:, :-1], batches[0][:, 1:]).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+        losses.append([train_gpt2.train_step(model, model, optimizers, iter(batches[i:i + 2]), 2,
+                                             1e-4, 1.0, ALONE)[0].item() for i in range(0, 20, 2)])
+        with train_gpt2.uncompiled(model is compiled), torch.no_grad():  # other shapes in between
+            start = torch.zeros(3, 2, dtype=torch.long)
+            model.generate(start, 9)
+            logits.append(model(start.repeat(2, 4)))
+        losses[-1].append(model(batches[0][:, :-1], batches[0][:, 1:]).item())
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_compile_none_means_cuda_with_triton(monkeypatch, capsys):
+    import torch.utils._triton
+    gpu = Process(0, 1, "cuda", torch.bfloat16)
+    for found in (True, False):
+        monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: found)
+        assert train_gpt2.should_compile(None, gpu) == found
+        assert ("Triton" in capsys.readouterr().out) != found
+        assert train_gpt2.should_compile(True, gpu) and not train_gpt2.should_compile(False, gpu)
+        assert train_gpt2.should_compile(True, ALONE) and not train_gpt2.should_compile(None, ALONE)
+
+
+def test_the_first_lines_say_what_runs_where(road):
+    said = printed_by(f"{GPT_RUN} out_dir=first_lines max_steps=2 warmup_steps=2", road)
+    assert "1 process(es) x 4 x 4 x 32 on cpu, float32, not compiled" in said
+    assert "warmup_steps=2: in a run of max_steps=2 the learning rate only rises" in said
+    assert said.count("GB at most") == 1
 
 
 def test_the_captioner_compiles_once_for_captions_of_any_length():
@@ -792,7 +826,7 @@ def test_gpt_exam_samples_and_export(road, tmp_path):
     ("data=nowhere", "no val shards"), ("schedule=linear", "one of cosine, wsd"),
     ("device=gpu", "device=gpu"), ("wandb_log=True", "pip install wandb"),
     ("init_from=gpt/ckpt.pt data=other", "another tokenizer"), ("n_head=3", "3 heads"),
-    ("init_from=resume out_dir=gpt n_layer=3", "'n_layer': 2"), ("max_steps=0", ">= 1"),
+    ("init_from=resume out_dir=gpt n_layer=3", "n_layer=2 and keeps it"), ("max_steps=0", ">= 1"),
     ("exam=5", "hellaswag_questions="), ("hellaswag_questions=3 hellaswag_file=empty", "no question"),
     ("init_from=nowhere", "no such file"), ("init_from=resume out_dir=absent prompt=x", "absent")])
 def test_gpt_bad_input(road, words, hint):
@@ -812,7 +846,7 @@ def test_gpt_learns(road):
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
-@pytest.mark.parametrize("script, many", [(GPT_RUN + " max_steps=20", (2, 4)), (CAPTION_RUN + " dropout=0.0", (2,))])
+@pytest.mark.parametrize("script, many", [(GPT_RUN + " max_steps=20", (2,)), (CAPTION_RUN + " dropout=0.0", (2,))])
 def test_many_processes_equal_one(road, script, many):
     name = script.split(".")[0]
     run(f"{script} out_dir=one_{name}", road)
@@ -892,16 +926,22 @@ def test_a_run_is_never_trained_over(road):
     before = (road / "gpt/log.csv").read_bytes()
     for words in ("", "init_from=gpt/best.pt"):
         assert "init_from=resume" in run(f"{GPT_RUN} out_dir=gpt {words}", road, ok=False)
+    (road / "val_only").mkdir()
+    for name in ("tokenizer.tiktoken", "edufineweb_val_000000.npy"):
+        shutil.copy(road / "tokens" / name, road / "val_only")
     assert "no train shards" in run(f"{GPT_RUN} out_dir=gpt init_from=resume data=val_only", road,
                                     ok=False)
     assert (road / "gpt/log.csv").read_bytes() == before
 
 
 def test_the_trained_run_is_what_one_samples_exports_and_evaluates(road):
-    whole = GPT.from_pretrained(str(road / "gpt/ckpt.pt")).state_dict()
     printed_by("train_gpt2.py out_dir=gpt device=cpu export=exported", road)
-    exported = GPT.from_pretrained(str(road / "exported")).state_dict()
-    assert all(torch.equal(w, exported[key]) for key, w in whole.items())
+    (road / "exported/vocab.json").unlink()
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        trained, exported = (GPT.from_pretrained(str(road / name))(idx)
+                             for name in ("gpt/ckpt.pt", "exported"))
+    assert torch.equal(trained, exported)
     # data, sizes and eval_tokens are the run's; what is said is what was read: whole sequences
     said = printed_by("train_gpt2.py out_dir=gpt device=cpu eval_only=True", road)
     loss = log_column(road / "gpt/log.csv", "val_loss")[-1]
@@ -1039,6 +1079,37 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def test_wandb_mirrors_the_log_and_its_refusal_is_one_line(tmp_path, monkeypatch, capsys):
+    logged = []
+    wandb = SimpleNamespace(init=lambda **kw: None, log=lambda row, step: logged.append((step, row)),
+                            errors=SimpleNamespace(Error=KeyError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    started = train_gpt2.start_wandb(dict(out_dir="out/x"))
+    log = train_gpt2.Log(str(tmp_path / "log.csv"), ["step", "loss", "acc"], 0, started)
+    log.add(step=3, loss=2.5, acc=None)
+    assert logged == [(3, dict(step=3, loss=2.5))]
+
+    def refuse(**kw):
+        raise KeyError("api_key not configured (no-tty)")
+
+    wandb.init = refuse
+    with pytest.raises(SystemExit):
+        train_gpt2.start_wandb(dict(out_dir="out/x"))
+    assert "no-tty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu, peak", [
+    ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-40GB", 312e12)])
+def test_peak_flops_are_those_of_the_gpu(gpu, peak):
+    assert train_gpt2.peak_flops(gpu) == peak
+
+
+def test_mfu_of_an_unknown_device_is_nan():
+    assert math.isnan(train_gpt2.peak_flops("Another")) and math.isnan(
+        train_gpt2.mfu(small_gpt(), 64, 1000))
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -89,10 +89,11 @@ compile: bool = None        # torch.compile the blocks for training; None = on C
 wandb_log = False           # mirror the log to Weights & Biases
 
 RENAMED = {"exam": "hellaswag_questions", "exam_file": "hellaswag_file"}
-# A resumed run keeps these settings of its checkpoint. Another value of the first changes the loss
-# curve; another value of the others does not.
+# A resumed run keeps these settings of its checkpoint, but for what is typed. The sizes cannot be
+# changed. Another value of CURVE_SETTINGS changes the training, and is printed.
 CURVE_SETTINGS = ("data block_size total_batch_size optimizer learning_rate min_lr warmup_steps "
                   "max_steps schedule weight_decay grad_clip seed dtype")
+SIZES = ("n_layer", "n_head", "n_embd")
 OTHER_SETTINGS = "batch_size eval_interval eval_tokens hellaswag_questions hellaswag_file"
 
 # ==================================================================================================
@@ -620,13 +621,10 @@ def open_shard(path):
     if path.endswith(".bin"):
         # 256 int32 come first: a magic number, a version, the number of tokens
         header = np.fromfile(path, np.int32, 256)
-        if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-            die(f"{path} does not begin as a .bin shard of GPT-2 tokens does (20240520, 1): write "
-                "it again, or use fineweb.py's shards")
         n = (os.path.getsize(path) - 1024) // 2
-        if n != header[2]:
-            die(f"{path} holds {n:,} tokens and should hold {header[2]:,}: it was cut short, copy "
-                "it again")
+        if list(header[:3]) != [20240520, 1, n]:
+            die(f"{path} is not a .bin shard of GPT-2 tokens, which begins with 20240520 and 1, or "
+                "was cut short: copy or write it again")
         return np.memmap(path, np.uint16, "r", 1024, n)
     try:
         shard = np.load(path, mmap_mode="r")
@@ -1204,17 +1202,20 @@ def evaluate(model, loader, batch_size, n_tokens, process):
     return loss / n, int(n) * loader.T
 
 
-def write_samples(path, step, model, encoding, temperature, top_k, seed, device):
-    """Appends four samples of this step."""
-    # a learned vocabulary may not know the words of GPT-2's opening
+def write_samples(folder, step, model, encoding, **sampling):
+    """Appends four samples of this step to folder/samples.txt."""
+    # a learned vocabulary may have no words for GPT-2's opening
     opening = "Hello, I'm a language model," if encoding.name == "gpt2" else ""
-    texts = continue_text(model, encoding, opening, 4, 32, temperature, top_k, seed, device)
+    texts = continue_text(model, encoding, opening, 4, 32, **sampling)
+    path = os.path.join(folder, "samples.txt")
     with open(path, "a" if step else "w", encoding="utf-8", errors="replace") as f:
         f.writelines(f"step {step} > {text}\n" for text in texts)
 
 
-def load_hellaswag(n, path, encoding, model, process):
-    """The first n questions, None = all."""
+def load_hellaswag(n, path, encoding, model, process, eval_only):
+    """The first n questions. None: all, if the model has GPT-2's tokens and there is time."""
+    if n is None and (encoding.name != "gpt2" or not (eval_only or "cuda" in process.device)):
+        n = 0
     if n == 0:
         return []
     with local_main_process_first(process):
@@ -1228,6 +1229,23 @@ def ask_hellaswag(model, questions, process):
     """(acc, acc_norm) on the questions."""
     with process.autocast():
         return hellaswag.evaluate(model, questions, model.prefill, process.device)
+
+
+def print_hellaswag(model, questions, process):
+    acc, acc_norm = ask_hellaswag(model, questions, process)
+    if process.rank == 0:
+        print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   "
+              "(published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
+
+
+def count_micro_batches(tokens_per_step, B, T, world_size):
+    """How many micro-batches (B, T) each process works through in one step."""
+    unit = B * T * world_size
+    if tokens_per_step % unit:
+        nearest = max(1, round(tokens_per_step / unit)) * unit
+        die(f"total_batch_size={tokens_per_step} is not a multiple of batch_size x block_size x "
+            f"processes = {B} x {T} x {world_size}; the nearest is total_batch_size={nearest}")
+    return tokens_per_step // unit
 
 
 def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad_clip, process,
@@ -1263,6 +1281,11 @@ def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_memory(device):
+    """The most memory so far, in bytes: of the GPU, or of this process."""
+    return torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
+
+
 # Dense bfloat16 FLOPs a second, from the vendors' data sheets. The first name that is a part of
 # the GPU's own counts.
 PEAK_FLOPS = {
@@ -1271,15 +1294,17 @@ PEAK_FLOPS = {
     "L40S": 362e12, "L40": 181e12, "L4": 121e12, "5090": 210e12, "4090": 165e12, "3090": 71e12}
 
 
+def peak_flops(gpu):
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), math.nan)
+
+
 def mfu(model, T, tokens_per_second, world_size=1):
     """
     Model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B):
     the part of the GPUs' peak that the model's own matmuls use; nan where the peak is not known.
     """
-    peak = math.nan
-    if next(model.parameters()).is_cuda:
-        gpu = torch.cuda.get_device_name()
-        peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), math.nan)
+    on_gpu = next(model.parameters()).is_cuda
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else math.nan
     c = model.config
     # each weight of a matmul takes 2 FLOPs forward and 4 backward; wte counts, as the head
     n_matmul = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
@@ -1287,15 +1312,26 @@ def mfu(model, T, tokens_per_second, world_size=1):
     return tokens_per_second * per_token / (peak * world_size)
 
 
-def print_start(model, train, tokens_per_step, max_steps, shape, compiled, process):
+def print_start(model, n_tokens, config, shape, compiled, process):
     """The first lines of a run: what a wrong set-up would show before a day is lost."""
     n_params = sum(p.numel() for p in model.parameters())
-    n_tokens = train.n_seq * train.T
+    tokens_per_step, max_steps = config["total_batch_size"], config["max_steps"]
     gpu = f" ({torch.cuda.get_device_name()})" if "cuda" in process.device else ""
     print(f"{n_params:,} parameters | {n_tokens:,} training tokens, {tokens_per_step:,} a step = "
           f"{max_steps * tokens_per_step / n_tokens:.1f} epochs | {process.world_size} process(es) "
           f"x {shape} on {process.device}{gpu}, {str(process.dtype).removeprefix('torch.')}, "
           f"{'compiled' if compiled else 'not compiled'}", flush=True)
+    if config["warmup_steps"] >= max_steps:
+        print(f"warmup_steps={config['warmup_steps']}: in a run of max_steps={max_steps} the "
+              "learning rate only rises")
+
+
+def print_validation(row, max_steps):
+    scores = ""
+    if "acc" in row:
+        scores = f" | HellaSwag {row['acc']:.4f}, per token {row['acc_norm']:.4f}"
+    print(f"step {row['step']:5d}/{max_steps} | validation loss {row['val_loss']:.4f}{scores}",
+          flush=True)
 
 
 def print_step(row, max_steps, speed, used, seconds_left):
@@ -1304,6 +1340,21 @@ def print_step(row, max_steps, speed, used, seconds_left):
           f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {speed:,.0f} tok/s | "
           + (f"MFU {used:.1%} | " if used > 0 else "") + f"{seconds_left / 60:.1f} min left",
           flush=True)
+
+
+def starting_point(init_from, out_dir, training, rank):
+    """What to load: "scratch", or a name for load_model. A run is never trained over."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    has_run = os.path.exists(path)
+    if training and has_run and init_from != "resume":
+        die(f"{out_dir} holds a run: init_from=resume goes on with it, another out_dir= keeps it")
+    if init_from != "resume":
+        return init_from
+    if training and not has_run:
+        if rank == 0:
+            print(f"{out_dir} holds no checkpoint yet: starting at step 0")
+        return "scratch"
+    return path
 
 
 def preset(typed):
@@ -1318,11 +1369,12 @@ def preset(typed):
     if (settings | typed).get("init_from") == "resume" and os.path.exists(path):
         checkpoint = load_checkpoint(path, mmap=True)
         was, sizes = checkpoint.get("settings", {}), checkpoint.get("model_config", {})
-        for name in f"{CURVE_SETTINGS} {OTHER_SETTINGS}".split():
-            if name in was:
-                settings[name] = was[name]
-        for name in "n_layer n_head n_embd".split():
-            settings |= {name: sizes[name]} if name in sizes else {}
+        names = f"{CURVE_SETTINGS} {OTHER_SETTINGS}".split()
+        settings |= {name: was[name] for name in names if name in was}
+        for name in SIZES:
+            settings[name] = sizes.get(name)
+            if typed.get(name, sizes.get(name)) != sizes.get(name):
+                die(f"{path} has {name}={sizes.get(name)} and keeps it: leave {name}= out")
     return settings
 
 
@@ -1337,16 +1389,7 @@ if __name__ == "__main__":
         print_settings(config)
 
     # ---- the model: new, this run's own, or another one
-    checkpoint_path = os.path.join(out_dir, "ckpt.pt")
-    training = prompt is None and export is None and not eval_only
-    has_run = os.path.exists(checkpoint_path)
-    if training and has_run and init_from != "resume":
-        die(f"{out_dir} holds a run: init_from=resume goes on with it, another out_dir= keeps it")
-    source = checkpoint_path if init_from == "resume" else init_from
-    if init_from == "resume" and training and not has_run:
-        source = "scratch"  # a run that was killed before its first checkpoint
-        if rank == 0:
-            print(f"{out_dir} holds no checkpoint yet: starting at step 0")
+    source = starting_point(init_from, out_dir, not (prompt or export or eval_only), rank)
     shard_tokenizer = read_shard_tokenizer(data)
     if source == "scratch":
         if n_embd % n_head:
@@ -1356,27 +1399,25 @@ if __name__ == "__main__":
     else:
         with local_main_process_first(process):
             raw_model, tokenizer, checkpoint = load_model(source)
-        sizes = {k: getattr(raw_model.config, k) for k in ("n_layer", "n_head", "n_embd")}
-        if init_from == "resume" and any(config[k] != size for k, size in sizes.items()):
-            die(f"the run in {out_dir} has {sizes}, and keeps them: leave these settings out")
-        config |= sizes
+        config |= {name: getattr(raw_model.config, name) for name in SIZES}
         if vocab_size_of(tokenizer) > raw_model.config.vocab_size:
-            die(f"{source} knows {raw_model.config.vocab_size} tokens and its tokenizer "
-                f"{vocab_size_of(tokenizer)}: it needs a vocab.json and a merges.txt of its own")
+            die(f"{source} has fewer tokens than its tokenizer: it needs a vocab.json and a "
+                "merges.txt of its own")
     raw_model.to(device)
     B, T = batch_size, min(block_size, raw_model.config.block_size)
     if T < block_size and rank == 0:
         print(f"{source} has positions for {T} tokens: sequences are {T} long, not {block_size}")
 
     # ---- only samples, or an export
-    if prompt is not None and rank == 0:
+    sampling = dict(temperature=temperature, top_k=top_k, seed=seed, device=device)
+    if prompt and rank == 0:
         for text in continue_text(raw_model, get_tokenizer(tokenizer), prompt, 4, max_new_tokens,
-                                  temperature, top_k, seed, device):
+                                  **sampling):
             print(">", text)
-    if export is not None and rank == 0:
+    if export and rank == 0:
         raw_model.save_pretrained(export, get_tokenizer(tokenizer))
         print(f"written: {export}/{{config.json,model.safetensors,vocab.json,merges.txt}}")
-    if prompt is not None or export is not None:
+    if prompt or export:
         finish(process)
 
     # ---- the validation split and HellaSwag; an evaluation alone
@@ -1384,29 +1425,20 @@ if __name__ == "__main__":
     if not same_tokenizer(tokenizer, shard_tokenizer):
         die(f"the shards in {data} were written with another tokenizer than {source} has")
     encoding = get_tokenizer(tokenizer)
-    n_questions = hellaswag_questions
-    if n_questions is None and (tokenizer != "gpt2" or not (eval_only or "cuda" in device)):
-        n_questions = 0
     if eval_only:
+        # the loss comes first, as the questions may have to be downloaded
         loss, n_tokens = evaluate(raw_model, val, B, eval_tokens, process)
         if rank == 0:
             print(f"{init_from}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
-    questions = load_hellaswag(n_questions, hellaswag_file, encoding, raw_model, process)
+    questions = load_hellaswag(hellaswag_questions, hellaswag_file, encoding, raw_model, process,
+                               eval_only)
     if eval_only:
         if questions:
-            acc, acc_norm = ask_hellaswag(raw_model, questions, process)
-        if questions and rank == 0:
-            print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}"
-                  "   (published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
+            print_hellaswag(raw_model, questions, process)
         finish(process)
 
     # ---- the training run
-    unit = B * T * world_size
-    if total_batch_size % unit:
-        nearest = max(1, round(total_batch_size / unit)) * unit
-        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x "
-            f"processes = {B} x {T} x {world_size}; the nearest is total_batch_size={nearest}")
-    grad_accum_steps = total_batch_size // unit  # micro-batches of one process in one step
+    grad_accum_steps = count_micro_batches(total_batch_size, B, T, world_size)
     train = Loader(data, "train", T, raw_model.config.vocab_size, seed)
     optimizers = make_optimizers(raw_model, optimizer, learning_rate, weight_decay)
     step, best = 0, math.inf
@@ -1415,6 +1447,7 @@ if __name__ == "__main__":
         step, best = checkpoint["step"], checkpoint["best"]
         if rank == 0:
             warn_changed(config, checkpoint, CURVE_SETTINGS)
+    first_step = step
     checkpoint = None  # all of it is in use by now: a second copy would only take memory
     if all_reduce_sum(process, step)[0] != step * world_size:
         die(f"not every process found the same {source}: out_dir= must be a folder that all "
@@ -1426,30 +1459,27 @@ if __name__ == "__main__":
     # `model` trains. raw_model has the same weights, and is what evaluates, samples and is saved.
     model = raw_model
     if world_size > 1:
-        model = DistributedDataParallel(
-            raw_model, device_ids=[device] if "cuda" in device else None,
-            gradient_as_bucket_view=True)  # gradients need no second copy
+        # as views of DDP's buckets, gradients need no second copy
+        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
+                                        device_ids=[device] if "cuda" in device else None)
     if rank == 0:
         lock_folder(out_dir)
-        wandb = start_wandb(config) if wandb_log else None
         log = Log(os.path.join(out_dir, "log.csv"),
-                  ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step, wandb)
-        print_start(raw_model, train, total_batch_size, max_steps,
-                    f"{grad_accum_steps} x {B} x {T}", compiled, process)
-        if warmup_steps >= max_steps:
-            print(f"warmup_steps={warmup_steps}: the learning rate only rises in a run of "
-                  f"max_steps={max_steps}, and never reaches its peak")
+                  ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step,
+                  start_wandb(config) if wandb_log else None)
+        print_start(raw_model, train.n_seq * T, config, f"{grad_accum_steps} x {B} x {T}",
+                    compiled, process)
 
     def my_sequences():
         """This process's part of every global batch: a range for each micro-batch."""
-        for s in range(step, max_steps):
+        for s in range(first_step, max_steps):
             for micro in range(grad_accum_steps):
                 first = s * (total_batch_size // T) + (micro * world_size + rank) * B
                 yield range(first, first + B)
 
     batches = train.batches(my_sequences(), device)
     asked_to_stop, stop = stop_signals(), 0
-    t_start, first_step = time.time(), step
+    t_start = time.time()
     while True:
         # evaluate; then save, before anything that may fail; then sample
         row = dict(step=step)
@@ -1467,12 +1497,9 @@ if __name__ == "__main__":
                 optimizers=[opt.state_dict() for opt in optimizers],
                 model_config=asdict(raw_model.config), tokenizer=tokenizer), is_best)
         if rank == 0 and "val_loss" in row:
-            print(f"step {step:5d}/{max_steps} | validation loss {row['val_loss']:.4f}"
-                  + (f" | HellaSwag {row['acc']:.4f}, per token {row['acc_norm']:.4f}"
-                     if questions else ""), flush=True)
+            print_validation(row, max_steps)
             with going_on("samples.txt"), uncompiled(compiled):
-                write_samples(os.path.join(out_dir, "samples.txt"), step, raw_model, encoding,
-                              temperature, top_k, seed, device)
+                write_samples(out_dir, step, raw_model, encoding, **sampling)
         if step >= max_steps or stop:
             break
 
@@ -1493,8 +1520,7 @@ if __name__ == "__main__":
                 print_step(row, max_steps, speed, mfu(raw_model, T, speed, world_size),
                            seconds_a_step * (max_steps - step - 1))
             if step == first_step:
-                peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
-                print(f"memory after the first step: {peak / 1e9:.2f} GB at most", flush=True)
+                print(f"memory after the first step: {peak_memory(device) / 1e9:.2f} GB at most")
         step += 1
 
     # ---- what came of it
