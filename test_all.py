@@ -48,7 +48,7 @@ import hellaswag
 import paligemma_prompt
 import train_caption
 import train_gpt2
-from paligemma_prompt import PaliGemma, Prompted
+from paligemma_prompt import PaliGemma, PromptedPaliGemma
 from train_caption import Captioner, TokenizedCaptions, training_batch
 from train_gpt2 import GPT, GPTConfig, Process
 
@@ -2352,7 +2352,7 @@ def as_we_want_it(targets):
 
 def test_paligemma_equals_transformers(reference):
     model, folder, pixels, ids, mask, kind, targets = reference
-    ours = Prompted(PaliGemma.from_pretrained(folder), 2, HARD)
+    ours = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD)
     labels = torch.cat([torch.full((2, 13), -100), targets], 1)
     out = model(input_ids=ids, pixel_values=pixels, token_type_ids=kind, attention_mask=mask, labels=labels)
     language = ours.model.language_model
@@ -2368,7 +2368,7 @@ def test_paligemma_equals_transformers(reference):
 @pytest.mark.parametrize("place, at", [("before_image", 0), ("after_image", 9), ("after_bos", 10), ("before_suffix", 13)])
 def test_soft_prompts_get_transformers_gradients(reference, place, at):
     model, folder, pixels, ids, mask, kind, targets = reference
-    ours = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, place=place, **WAY)
+    ours = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, soft_position=place, **WAY)
     rows = model.get_input_embeddings()(torch.tensor(HARD[:2]))  # scaled; without the "\n"
     torch.testing.assert_close(ours.soft.detach(), rows[torch.arange(5) % 2].detach())
     loss = ours(as_we_want_it(targets), pixels, targets) / 8
@@ -2393,15 +2393,15 @@ def test_paligemma_equals_the_oracle_in_every_format(name):
     hard, pixels, targets = oracle["prefix_ids"][1:].tolist(), oracle["pixel_values"], oracle["labels"][:, 20:]
     idx, n = torch.cat([torch.zeros(2, 1, dtype=torch.long), oracle["input_ids"][:, 20:-1]], 1), (targets >= 0).sum()
     model = PaliGemma.from_pretrained(os.path.join(TINY, name))
-    ours, language = Prompted(model, 2, hard), model.language_model
+    ours, language = PromptedPaliGemma(model, 2, hard), model.language_model
     with torch.no_grad():
         logits = language.head(language(torch.cat([ours.prefix(pixels), language.embed(oracle["input_ids"][:, 20:])], 1), 20))
     real = oracle["attention_mask"] > 0
     torch.testing.assert_close(logits[real], oracle["train_logits"][real], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours(idx, pixels, targets) / n, oracle["train_loss"], atol=1e-5, rtol=0)
     assert ours.generate(pixels, -1, 12).equal(oracle["generated_ids"])
-    for place in paligemma_prompt.PLACES:
-        ours = Prompted(model, 2, hard, place=place, **WAY)
+    for place in paligemma_prompt.SOFT_POSITIONS:
+        ours = PromptedPaliGemma(model, 2, hard, soft_position=place, **WAY)
         ours.soft.data = oracle["soft_prompt"].clone()
         loss = ours(idx, pixels, targets) / n
         loss.backward()
@@ -2482,6 +2482,83 @@ def test_safetensors_may_be_sharded_and_config_incomplete(reference, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(said))
     ours, again = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(str(tmp_path))
     assert ours.config == again.config and all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def respell(reference, tmp_path, change):
+    """The reference's checkpoint after change(tensors, config)."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(os.path.join(reference[1], "model.safetensors"))
+    config = json.load(open(os.path.join(reference[1], "config.json")))
+    change(state, config)
+    save_file({k: w.contiguous() for k, w in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def table_name(state):
+    return next(key for key in state if key.endswith("embed_tokens.weight"))
+
+
+def test_a_head_alone_is_the_table(reference, tmp_path):
+    def only_head(state, config):
+        state["lm_head.weight"] = state.pop(table_name(state))
+
+    again = PaliGemma.from_pretrained(respell(reference, tmp_path, only_head))
+    ours = PaliGemma.from_pretrained(reference[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def untied(state, config):
+    state["lm_head.weight"] = state[table_name(state)] + 1
+    config["tie_word_embeddings"] = False
+
+
+def quantized(state, config):
+    state[table_name(state)] = state[table_name(state)].to(torch.int8)
+
+
+@pytest.mark.parametrize("change, hint", [
+    (untied, "tie_word_embeddings=false"), (quantized, "stored as I8"),
+    (lambda state, config: config["text_config"].update(model_type="llama"), "model_type=llama"),
+    (lambda state, config: config["text_config"].update(rope_scaling=dict(type="linear")), "scales RoPE"),
+    (lambda state, config: config["text_config"].update(hidden_activation="silu"), "activation=silu"),
+    (lambda state, config: config["vision_config"].update(num_attention_heads=7), "7 heads do not divide"),
+    (lambda state, config: config["text_config"].update(head_dim="16"), "not one of a PaliGemma")])
+def test_what_would_compute_something_else_is_refused(change, hint, reference, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        PaliGemma.from_pretrained(respell(reference, tmp_path, change))
+    assert hint in capsys.readouterr().err
+
+
+def test_a_soft_prompt_beside_lora_has_its_own_rate(reference):
+    ours = PromptedPaliGemma(PaliGemma.from_pretrained(reference[1]), 2, HARD, trainable="lora", **WAY)
+    optimizers = paligemma_prompt.make_optimizer(ours, "adamw", 50.0)
+    before = {k: p.detach().clone() for k, p in ours.trained().items()}
+    for p in ours.trained().values():
+        p.grad = torch.ones_like(p)
+    train_gpt2.optimizer_step(ours, optimizers, 1e-3, 0.0, 0)
+    moved = {k: (p - before[k]).abs().max().item() for k, p in ours.trained().items()}
+    assert moved["soft"] == pytest.approx(50e-3, rel=1e-3)
+    assert all(m == pytest.approx(1e-3, rel=1e-3) for k, m in moved.items() if k != "soft")
+
+
+def test_a_model_that_was_trained_whole_with_a_soft_prompt_loads_again(prompted, monkeypatch):
+    command = "batch_size=8 max_steps=2 eval_interval=2 device=cpu"
+    inside(f"paligemma=base/adapter.safetensors data=aerial trainable=all prompt=soft out_dir=all_of_it {command}", prompted, monkeypatch)
+    rows = (prompted / "all_of_it/log.csv").read_text()
+    inside("init_from=all_of_it eval_only=True data=aerial device=cpu batch_size=8", prompted, monkeypatch)
+    assert (prompted / "all_of_it/log.csv").read_text() == rows  # an evaluation leaves the run as it was
+    ours, again = (json.loads((prompted / folder / "results.json").read_text()) for folder in ("all_of_it", "all_of_it/eval"))
+    assert ours["perplexity"] == pytest.approx(again["perplexity"], rel=1e-6)
+
+
+def test_two_folders_are_each_shown_whole():
+    captions = TokenizedCaptions([["a"]] * 30, fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300)), 5)
+    shown = [set(), set()]
+    for step in range(2 * 6):  # an epoch of two folders of 30 pictures, 5 a step
+        shown[step % 2] |= set(training_batch(step // 2, 5, captions, 1)[0].tolist())
+    assert shown == [set(range(30))] * 2
 
 
 @pytest.mark.parametrize("change, hints", [
@@ -2577,16 +2654,16 @@ def test_models_come_from_the_hub(reference, tmp_path, monkeypatch, capsys):
 
 def test_lora_starts_as_the_model_is_and_only_what_is_asked_for_is_trained(reference):
     model, folder, pixels, ids, mask, kind, targets = reference
-    idx, plain = as_we_want_it(targets), Prompted(PaliGemma.from_pretrained(folder), 2, HARD)
+    idx, plain = as_we_want_it(targets), PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD)
     before = plain(idx, pixels, targets)
-    for way, ending in ((dict(train="lora", lora_rank=2), ("lora_a", "lora_b")), (dict(train="attention"), ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")),
+    for way, ending in ((dict(trainable="lora", lora_rank=2), ("lora_a", "lora_b")), (dict(trainable="attention"), ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")),
                         (dict(prompt="soft"), ("soft",)), (dict(stack=True), ("multi_modal_projector.linear.weight", "multi_modal_projector.linear.bias"))):
-        asked = Prompted(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way)
+        asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way)
         loss = asked(idx, pixels, targets)
         loss.backward()
         assert all(name.endswith(ending) and p.grad is not None and p.dtype == torch.float32 for name, p in asked.trained().items())
         assert not [name for name, p in asked.named_parameters() if name not in asked.trained() and (p.grad is not None or p.dtype != torch.bfloat16)]
-    asked = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, train="lora", lora_rank=2)
+    asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, trainable="lora", lora_rank=2)
     assert torch.equal(asked(idx, pixels, targets), before) and len(asked.trained()) == 3 * 7 * 2
 
 
@@ -2594,7 +2671,7 @@ def test_recomputed_layers_give_the_same_gradients(reference):
     _, folder, pixels, _, _, _, targets = reference
     grads = []
     for recompute in (False, True):
-        asked = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, **WAY)
+        asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, **WAY)
         asked.model.language_model.recompute = recompute
         asked(as_we_want_it(targets), pixels, targets).backward()
         grads.append(asked.soft.grad)
@@ -2602,7 +2679,7 @@ def test_recomputed_layers_give_the_same_gradients(reference):
 
 
 def test_cached_generation_equals_the_plain_path(reference):
-    asked, pixels = Prompted(PaliGemma.from_pretrained(reference[1]), 2, HARD, order="bos,prompt,image", place="before_suffix", **WAY), reference[2]
+    asked, pixels = PromptedPaliGemma(PaliGemma.from_pretrained(reference[1]), 2, HARD, prefix_order="bos,prompt,image", soft_position="before_suffix", **WAY), reference[2]
     language, idx = asked.model.language_model, torch.zeros(2, 0, dtype=torch.long)
     with torch.no_grad():
         prefix = asked.prefix(pixels)
@@ -2615,7 +2692,7 @@ def test_cached_generation_equals_the_plain_path(reference):
 def test_pieces_of_the_prefix_come_in_the_order_asked_for(reference):
     model, pixels = PaliGemma.from_pretrained(reference[1]), reference[2]
     image, bos, hard = model.encode_image(pixels)[0], model.language_model.embed(torch.tensor([2])), model.language_model.embed(torch.tensor(HARD))
-    asked = Prompted(model, 2, HARD, order="bos,prompt,image", place="after_bos", **WAY)
+    asked = PromptedPaliGemma(model, 2, HARD, prefix_order="bos,prompt,image", soft_position="after_bos", **WAY)
     torch.testing.assert_close(asked.prefix(pixels)[0], torch.cat([bos, asked.soft, hard, image]))
 
 
@@ -2651,7 +2728,7 @@ def test_live_bytes_are_counted_and_forgotten():
     assert b.sum() == 1000
 
 
-@pytest.mark.parametrize("way, limit", [(dict(prompt="soft"), 6.8), (dict(train="attention"), 8.5)])
+@pytest.mark.parametrize("way, limit", [(dict(prompt="soft"), 6.8), (dict(trainable="attention"), 8.5)])
 def test_a_step_of_the_full_size_fits(way, limit):
     c = SimpleNamespace(**paligemma_prompt.FULL)
     with torch.device("meta"):
@@ -2660,7 +2737,7 @@ def test_a_step_of_the_full_size_fits(way, limit):
 
 
 def test_too_little_memory_is_said_with_what_would_fit(capsys, monkeypatch):
-    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(prompt="hard", train="lora", stack=False)
+    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(prompt="hard", trainable="lora", stack=False)
     paligemma_prompt.check_memory(c, "cpu", torch.float32, 1, way)
     for need, hint in ((lambda c, B, device, dtype, **way: 1e6 if B > 1 else 0.01, "batch_size=1"), (lambda *args, **way: 0.01 if "prompt" in way and len(way) == 1 else 1e6, "prompt=soft"),
                        (lambda *args, **way: 1e6, "nothing here")):
@@ -2684,7 +2761,7 @@ def prompted(tmp_path_factory):
     """A drawn world, and a small PaliGemma that looked at it for three steps."""
     cwd, patch = tmp_path_factory.mktemp("prompted"), pytest.MonkeyPatch()
     coco.draw_shapes(str(cwd / "aerial"), 60, 0, 1, paligemma_prompt.drawn_world(1, 1))
-    inside("paligemma=small data=aerial out_dir=base train=all optimizer=muon batch_size=8 max_steps=3 words='caption en,en' device=cpu", cwd, patch)
+    inside("paligemma=small data=aerial out_dir=base trainable=all optimizer=muon batch_size=8 max_steps=3 prompt_text='caption en,en' device=cpu", cwd, patch)
     inside("paligemma=base/adapter.safetensors data=aerial prompt=soft out_dir=soft batch_size=8 max_steps=4 eval_interval=2 device=cpu", cwd, patch)
     patch.undo()
     return cwd
@@ -2714,9 +2791,9 @@ def test_a_soft_prompt_is_small_and_knows_where_it_belongs(prompted, monkeypatch
 
 def test_a_stack_trains_its_projector_and_is_loaded_again(prompted, monkeypatch):
     parts = "stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors"
-    inside(f"{parts} data=aerial train=lora order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
+    inside(f"{parts} data=aerial trainable=lora prefix_order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
     tensors, about = paligemma_prompt.load_adapter(str(prompted / "stack/adapter.safetensors"))
-    assert len(tensors) == 4 * 7 * 2 + 2 and about["order"] == "bos,prompt,image" and about["siglip"] == "base/adapter.safetensors"
+    assert len(tensors) == 4 * 7 * 2 + 2 and about["prefix_order"] == "bos,prompt,image" and about["siglip"] == str(prompted / "base/adapter.safetensors")
     inside("init_from=stack/adapter.safetensors data=aerial eval_only=True out_dir=stack_again device=cpu", prompted, monkeypatch)
     was, again = (json.load(open(prompted / f"{name}/results.json"))["perplexity"] for name in ("stack", "stack_again"))
     assert again == pytest.approx(was, rel=1e-6)
@@ -2731,25 +2808,30 @@ def test_adapting_resumes_exactly(prompted, monkeypatch):
 
 
 def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
-    monkeypatch.setattr(train_caption, "run", lambda script, *words: inside(shlex.join(words), prompted, monkeypatch))
+    monkeypatch.setattr(train_caption, "run_script", lambda script, *words: inside(shlex.join(words), prompted, monkeypatch))
     with suppress(SystemExit):
         inside("paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all batch_size=8 max_steps=1 device=cpu", prompted, monkeypatch)
     rows, said = json.load(open(prompted / "all/results.json")), capsys.readouterr().out
-    assert [row["way"] for row in rows] == list(paligemma_prompt.WAYS) and [row["step"] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
+    assert [row["way"] for row in rows] == list(paligemma_prompt.METHODS) and [row["step"] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
     assert all(f"{row['way']:<20} | {row['trained']:>9,}" in said for row in rows)
     assert Image.open(prompted / "all/comparison.png").size[0] > 800 and os.path.exists(prompted / "all/curves.png")
 
 
 @pytest.mark.parametrize("command, hint", [
-    ("place=on_top", "before_image, after_image, after_bos, before_suffix"),
+    ("soft_position=on_top", "before_image, after_image, after_bos, before_suffix"),
     ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "must be >= 1"),
-    ("paligemma=base/adapter.safetensors data=aerial order=image,bos", "each once"),
+    ("paligemma=base/adapter.safetensors data=aerial prefix_order=image,bos", "each once"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=toy.model", "don't belong together"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=newline.model", "must be one token"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=nothing.model", "nothing.model is not a SentencePiece model"),
     ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption of image 1 is"),
     ("paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors", "soft is (10, 64) instead of (10, 128)"),
-    ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "not an adapter"),
+    ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "or its folder"),
+    ("paligemma=base/adapter.safetensors data=aerial init_from=resum", "scratch, resume, or an adapter"),
+    ("paligemma=base/adapter.safetensors data=aerial words=en", "now called prompt_text="),
+    ("paligemma=base/adapter.safetensors data=aerial prompt_text=<image>en", "the words only"),
+    ("paligemma=base/adapter.safetensors data=aerial out_dir=soft", "holds a run"),
+    ("paligemma=base/adapter.safetensors data=aerial grad_clip=-1", "must be >= 0"),
     ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
     ("paligemma=nowhere data=aerial", "no such file or folder"),
     ("stack=True data=aerial", "siglip= and gemma="),

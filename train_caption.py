@@ -37,6 +37,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -721,14 +722,28 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam):
 
 
 def run_script(script, *words):
-    """Runs one of our own scripts as a user would, and prints the command."""
+    """
+    Runs one of our own scripts as a user would, and prints the command. A script that fails ends
+    this one too. Ctrl-C and SIGTERM end both: the script saves and leaves first.
+    """
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
     # also where torchrun started this process, the script runs alone
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     here = os.path.dirname(os.path.abspath(__file__))
-    code = subprocess.call([sys.executable, os.path.join(here, script), *words], env=env)
-    if code:
-        sys.exit(code)
+    child = subprocess.Popen([sys.executable, os.path.join(here, script), *words], env=env)
+    stopped = []
+
+    def stop(number, frame):
+        stopped.append(number)
+        if number == signal.SIGTERM:  # a terminal sends Ctrl-C to both
+            child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if stopped or code:
+        sys.exit(128 + stopped[0] if stopped else code)
 
 
 def prepare_demo(config):

@@ -944,7 +944,7 @@ def optimizer_step(model, optimizers, lr, grad_clip, step):
     check_finite(step, norm, "the norm of the gradient")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
