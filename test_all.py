@@ -498,8 +498,11 @@ def test_loss_in_chunks_equals_cross_entropy(train_head):  # 1,300 positions are
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_compiled_training_equals_eager_training_with_one_program_for_all_blocks():
+def test_compiled_training_equals_eager_training_with_one_program_for_all_blocks(
+        tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
+    # programs kept from another run may have been compiled for another kind of CPU
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = small_gpt(scale=1), small_gpt(scale=1)
@@ -879,6 +882,29 @@ def test_a_folders_own_vocabulary_is_used(road, tmp_path, monkeypatch):
     assert "a vocab.json" in run(f"train_gpt2.py prompt=there {words}", road, ok=False)
 
 
+def test_tokenizers_are_compared_by_their_tokens(road):
+    text = (road / "tokens/tokenizer.tiktoken").read_text()
+    lines = text.splitlines(keepends=True)
+    assert train_gpt2.same_tokenizer(text, "".join(reversed(lines)))
+    assert not train_gpt2.same_tokenizer(text, "".join(lines[:-1]))
+    swapped = [lines[0].split()[0] + " 1\n", lines[1].split()[0] + " 0\n"] + lines[2:]
+    assert not train_gpt2.same_tokenizer(text, "".join(swapped))
+    assert train_gpt2.same_tokenizer("gpt2", "gpt2")
+    assert not train_gpt2.same_tokenizer("gpt2", text)
+
+
+@pytest.mark.parametrize("text", ["1e3", "0x10", "None.", "a=b"])
+def test_a_prompt_is_continued_as_it_stands(road, text):
+    said = printed_by(f"train_gpt2.py out_dir=gpt max_new_tokens=1 device=cpu prompt={text}", road)
+    assert said.count(f"\n> {text}") == 4
+
+
+def test_a_temperature_near_zero_is_greedy():
+    gpt, start = small_gpt(), torch.zeros(3, 2, dtype=torch.long)
+    likeliest = gpt.generate(start, 5, temperature=0)
+    assert torch.equal(gpt.generate(start, 5, temperature=1e-45, top_k=50), likeliest)
+
+
 def test_ids_beyond_the_tokenizer_are_never_sampled():
     gpt = small_gpt()
     with torch.no_grad():
@@ -985,7 +1011,7 @@ def test_mfu_of_an_unknown_device_is_nan():
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_loses_another_ends_with_a_line(road, lost):
-    script, *words = f"{GPT_RUN} max_steps=100000 out_dir=lost_{lost}".split()
+    script, *words = f"{GPT_RUN} max_steps=100000 eval_interval=50000 out_dir=lost_{lost}".split()
     port, processes = str(free_port()), []
     for rank in (0, 1):
         env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -998,6 +1024,9 @@ def test_a_process_that_loses_another_ends_with_a_line(road, lost):
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
+    # and while it runs, its folder is not for another run
+    line = run(f"{GPT_RUN} out_dir=lost_{lost}", road, ok=False)
+    assert f"written by another run (process {processes[0].pid} " in line
     processes[lost].kill()
     assert processes[1 - lost].wait(timeout=60) == 1
     said = (road / f"lost_{lost}_{1 - lost}.txt").read_text()
@@ -2469,16 +2498,18 @@ def bench_gpt2(process):
     theirs = GPT2LMHeadModel(GPT2Config(
         n_positions=T, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(process.device)
-    run_ours, run_theirs = ours, theirs
-    if cuda:
-        run_ours, run_theirs = torch.compile(ours), torch.compile(theirs)
-    steps = {"here": train_step_of(ours, run_ours),
+    run_theirs = theirs
+    if train_gpt2.should_compile(None, process):
+        run_theirs = torch.compile(theirs)
+        for block in ours.transformer.h:
+            block.compile()
+    steps = {"here": train_step_of(ours, ours),
              "transformers": train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)}
     memory = {name: peak_memory(step) if cuda else math.nan for name, step in steps.items()}
     seconds = median_seconds(*steps.values())
     for name, each in zip(steps, seconds):
         speed = B * T / each
-        print(f"{name:13} {speed:12,.0f} tokens/s{train_gpt2.mfu(ours, T, speed):.1%} | "
+        print(f"{name:13} {speed:12,.0f} tokens/s | MFU {train_gpt2.mfu(ours, T, speed):.1%} | "
               f"{memory[name] / 1e9:.2f} GB | here is {each / seconds[0]:.2f} times as fast")
 
 

@@ -807,6 +807,18 @@ def all_reduce_sum(process, *numbers):
     return total.tolist()
 
 
+def my_sequences(steps, grad_accum_steps, B, process):
+    """
+    This process's part of the global batch of each of `steps`: a range of B numbers for `Loader`,
+    for every micro-batch. All processes together take the same numbers, however many they are.
+    """
+    rows_at_once = process.world_size * B
+    for step in steps:
+        for micro in range(grad_accum_steps):
+            first = (step * grad_accum_steps + micro) * rows_at_once + process.rank * B
+            yield range(first, first + B)
+
+
 # --------------------------------------------------------------------------------------------------
 # torch.compile, for each block by itself: all blocks share one compiled program, which is ready
 # after seconds, where the whole model takes a minute. The loss in chunks stays outside: in one
@@ -1470,14 +1482,8 @@ if __name__ == "__main__":
         print_start(raw_model, train.n_seq * T, config, f"{grad_accum_steps} x {B} x {T}",
                     compiled, process)
 
-    def my_sequences():
-        """This process's part of every global batch: a range for each micro-batch."""
-        for s in range(first_step, max_steps):
-            for micro in range(grad_accum_steps):
-                first = s * (total_batch_size // T) + (micro * world_size + rank) * B
-                yield range(first, first + B)
-
-    batches = train.batches(my_sequences(), device)
+    numbers = my_sequences(range(step, max_steps), grad_accum_steps, B, process)
+    batches = train.batches(numbers, device)
     asked_to_stop, stop = stop_signals(), 0
     t_start = time.time()
     while True:
