@@ -85,6 +85,21 @@ def fails(script, words, cwd, env):
     return errors[0]
 
 
+def printed_by(command, cwd):
+    """What a script that succeeds prints; it runs in this process, which saves the imports."""
+    script, *words = command.split()
+    out, handlers = io.StringIO(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    assert stop.value.code == 0, out.getvalue()
+    return out.getvalue()
+
+
 @pytest.fixture(scope="session")
 def road(tmp_path_factory):
     """The whole small road once: 200 drawn scenes, raw patches, their captions' tokens, a GPT of two layers after a few steps."""
@@ -627,8 +642,11 @@ def test_loss_in_chunks_equals_cross_entropy(train_head):  # 1,300 positions are
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_compiled_training_equals_eager_training_with_one_program_for_all_blocks():
+def test_compiled_training_equals_eager_training_with_one_program_for_all_blocks(
+        tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
+    # programs kept from another run may have been compiled for another kind of CPU
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = small_gpt(scale=1), small_gpt(scale=1)
@@ -795,8 +813,11 @@ def test_a_stopped_run_goes_on_exactly(road, how):
 
 
 def test_resuming_names_what_changed_and_starts_at_0_where_nothing_is_saved(road):
-    assert "starting at step 0" in run(f"{GPT_RUN} out_dir=twice max_steps=4 init_from=resume", road)
-    said = run(f"{GPT_RUN} out_dir=twice max_steps=6 init_from=resume weight_decay=0.2 eval_tokens=500", road)
+    said = printed_by(f"{GPT_RUN} out_dir=twice max_steps=4 init_from=resume", road)
+    assert "starting at step 0" in said
+    # what is not typed is as it was
+    said = printed_by("train_gpt2.py out_dir=twice max_steps=6 init_from=resume weight_decay=0.2 "
+                      "eval_tokens=500 device=cpu", road)
     assert "weight_decay=0.2 (was 0.1)" in said and "max_steps=6 (was 4)" in said and "eval_tokens=500 (was" not in said
     files = [".lock", "best.pt", "ckpt.pt", "curves.png", "log.csv", "samples.txt"]
     assert sorted(os.listdir(road / "twice")) == files
@@ -808,9 +829,10 @@ def test_gpt_exam_samples_and_export(road, tmp_path):
     command = "train_gpt2.py data=tokens init_from=gpt/best.pt eval_only=True hellaswag_file=exam.jsonl hellaswag_questions=5 batch_size=4 total_batch_size=256 block_size=32 device=cpu"
     alone, two = (run(command, road, launcher=launcher, env=dict(OMP_NUM_THREADS="1")).splitlines()[-2:] for launcher in ((), TORCHRUN + ("--nproc_per_node=2",)))
     assert alone == two and "HellaSwag, 5 questions: acc 0." in alone[1]
-    said = run("train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu", road)
-    assert said.count("\n> there") == 4 and said == run("train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu", road)
-    run(f"train_gpt2.py init_from=gpt/ckpt.pt export={tmp_path} device=cpu", road)
+    command = "train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu"
+    said = printed_by(command, road)
+    assert said.count("\n> there") == 4 and said == printed_by(command, road)
+    printed_by(f"train_gpt2.py init_from=gpt/ckpt.pt export={tmp_path} device=cpu", road)
     coco.mend_torchvision()
     import transformers
     theirs, tokenizer = (kind.from_pretrained(tmp_path) for kind in (transformers.GPT2LMHeadModel, transformers.GPT2Tokenizer))
@@ -861,21 +883,6 @@ def test_cut_checkpoint_is_refused(road, capsys):
     with pytest.raises(SystemExit):
         train_gpt2.load_checkpoint(str(path))
     assert "cut short" in capsys.readouterr().err
-
-
-def printed_by(command, cwd):
-    """What a script that succeeds prints; it runs in this process, which saves the imports."""
-    script, *words = command.split()
-    out, handlers = io.StringIO(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
-        patch.chdir(cwd)
-        patch.setattr(sys, "argv", [script, *words])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(os.path.join(REPO, script), run_name="__main__")
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-        signal.signal(number, handler)
-    assert stop.value.code == 0, out.getvalue()
-    return out.getvalue()
 
 
 class Killed(BaseException):
@@ -1008,6 +1015,29 @@ def test_a_folders_own_vocabulary_is_used(road, tmp_path, monkeypatch):
     assert "a vocab.json" in run(f"train_gpt2.py prompt=there {words}", road, ok=False)
 
 
+def test_tokenizers_are_compared_by_their_tokens(road):
+    text = (road / "tokens/tokenizer.tiktoken").read_text()
+    lines = text.splitlines(keepends=True)
+    assert train_gpt2.same_tokenizer(text, "".join(reversed(lines)))
+    assert not train_gpt2.same_tokenizer(text, "".join(lines[:-1]))
+    swapped = [lines[0].split()[0] + " 1\n", lines[1].split()[0] + " 0\n"] + lines[2:]
+    assert not train_gpt2.same_tokenizer(text, "".join(swapped))
+    assert train_gpt2.same_tokenizer("gpt2", "gpt2")
+    assert not train_gpt2.same_tokenizer("gpt2", text)
+
+
+@pytest.mark.parametrize("text", ["1e3", "0x10", "None.", "a=b"])
+def test_a_prompt_is_continued_as_it_stands(road, text):
+    said = printed_by(f"train_gpt2.py out_dir=gpt max_new_tokens=1 device=cpu prompt={text}", road)
+    assert said.count(f"\n> {text}") == 4
+
+
+def test_a_temperature_near_zero_is_greedy():
+    gpt, start = small_gpt(), torch.zeros(3, 2, dtype=torch.long)
+    likeliest = gpt.generate(start, 5, temperature=0)
+    assert torch.equal(gpt.generate(start, 5, temperature=1e-45, top_k=50), likeliest)
+
+
 def test_ids_beyond_the_tokenizer_are_never_sampled():
     gpt = small_gpt()
     with torch.no_grad():
@@ -1108,13 +1138,14 @@ def test_peak_flops_are_those_of_the_gpu(gpu, peak):
 
 
 def test_mfu_of_an_unknown_device_is_nan():
-    assert math.isnan(train_gpt2.peak_flops("Another")) and math.isnan(
-        train_gpt2.mfu(small_gpt(), 64, 1000))
+    for gpu in ("NVIDIA RTX A4000", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert math.isnan(train_gpt2.peak_flops(gpu))
+    assert math.isnan(train_gpt2.mfu(small_gpt(), 64, 1000))
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_process_that_loses_another_ends_with_a_line(road, lost):
-    script, *words = f"{GPT_RUN} max_steps=100000 out_dir=lost_{lost}".split()
+    script, *words = f"{GPT_RUN} max_steps=100000 eval_interval=50000 out_dir=lost_{lost}".split()
     port, processes = str(free_port()), []
     for rank in (0, 1):
         env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -1127,6 +1158,9 @@ def test_a_process_that_loses_another_ends_with_a_line(road, lost):
     while not (log.exists() and log.read_text().count("\n") > 3):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
+    # and while it runs, its folder is not for another run
+    line = run(f"{GPT_RUN} out_dir=lost_{lost}", road, ok=False)
+    assert f"written by another run (process {processes[0].pid} " in line
     processes[lost].kill()
     assert processes[1 - lost].wait(timeout=60) == 1
     said = (road / f"lost_{lost}_{1 - lost}.txt").read_text()
@@ -2913,16 +2947,18 @@ def bench_gpt2(process):
     theirs = GPT2LMHeadModel(GPT2Config(
         n_positions=T, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(process.device)
-    run_ours, run_theirs = ours, theirs
-    if cuda:
-        run_ours, run_theirs = torch.compile(ours), torch.compile(theirs)
-    steps = {"here": train_step_of(ours, run_ours),
+    run_theirs = theirs
+    if train_gpt2.should_compile(None, process):
+        run_theirs = torch.compile(theirs)
+        for block in ours.transformer.h:
+            block.compile()
+    steps = {"here": train_step_of(ours, ours),
              "transformers": train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)}
     memory = {name: peak_memory(step) if cuda else math.nan for name, step in steps.items()}
     seconds = median_seconds(*steps.values())
     for name, each in zip(steps, seconds):
         speed = B * T / each
-        print(f"{name:13} {speed:12,.0f} tokens/s{train_gpt2.mfu(ours, T, speed):.1%} | "
+        print(f"{name:13} {speed:12,.0f} tokens/s | MFU {train_gpt2.mfu(ours, T, speed):.1%} | "
               f"{memory[name] / 1e9:.2f} GB | here is {each / seconds[0]:.2f} times as fast")
 
 

@@ -133,8 +133,7 @@ class KVCache:
         """Room for `length` tokens in each of B rows, on the device of the tensor `like`."""
         H, D = config.n_head, config.n_embd // config.n_head
         self.kv = like.new_empty(config.n_layer, 2, B, H, length, D, dtype=matmul_dtype(like))
-        # the position of the next token; GPT.hidden moves it after the last block
-        self.pos = 0
+        self.pos = 0  # of the next token; GPT.hidden moves it after the last block
 
     def update(self, layer, k, v):
         """k, v: (B, H, T, D) of the new tokens. Returns those of all tokens, (B, H, S, D)."""
@@ -149,9 +148,9 @@ class KVCache:
         that is named several times can be continued in several ways.
         """
         used = self.kv[:, :, rows, :, :self.pos]
-        n_layer, _, B, H, length, D = self.kv.shape
+        n_layer, _, B, *rest = self.kv.shape
         if len(rows) != B:
-            self.kv = self.kv.new_empty(n_layer, 2, len(rows), H, length, D)
+            self.kv = self.kv.new_empty(n_layer, 2, len(rows), *rest)
         self.kv[..., :self.pos, :] = used
 
 
@@ -167,12 +166,12 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        past, mask = 0, None
+        past = kv_cache.pos if kv_cache else 0
         if kv_cache:
-            past = kv_cache.pos
             k, v = kv_cache.update(layer, k, v)  # (B, H, S, D), S = past + T
-        # New token t is at position past + t. It sees the positions up to its own. With a past,
+        # New token t is at position past + t and sees the positions up to its own. With a past,
         # is_causal would be wrong: it takes the first new token for position 0.
+        mask = None
         if past and T > 1:
             mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=past == 0)
@@ -523,8 +522,7 @@ def read_hugging_face(name):
 
     if not os.path.exists(name):
         if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-            die(f"{name}: no such file or folder, and not one of gpt2, gpt2-medium, gpt2-large, "
-                "gpt2-xl")
+            die(f"{name}: no such file or folder, and not gpt2, gpt2-medium, gpt2-large or gpt2-xl")
         url = f"{hub()}/openai-community/{name}/resolve/main"
         name = os.path.join("pretrained", name)
         for file in ("config.json", "model.safetensors"):
@@ -553,12 +551,12 @@ def read_hugging_face(name):
             f"({type(problem).__name__}: {problem})")
     for key, accepted in GPT2_VALUES.items():
         if theirs.get(key, accepted[0]) not in accepted:
-            die(f"{name}: its config.json says {key}={theirs[key]}, GPT-2 has {accepted[0]}: "
-                "this is another model, which train_gpt2.py does not have")
+            die(f"{name} is not a GPT-2: its config.json says {key}={theirs[key]}, GPT-2 has "
+                f"{accepted[0]}")
     if not theirs.get("tie_word_embeddings", True):
         if not torch.equal(weights.get("lm_head.weight", wte), wte):
-            die(f"{name} has an output matrix of its own (tie_word_embeddings=false); in GPT-2 it "
-                "is the embedding, and train_gpt2.py has no other")
+            die(f"{name} is not a GPT-2: its output matrix is not its embedding "
+                "(tie_word_embeddings=false)")
     padded = F.pad(wte, (0, 0, 0, -len(wte) % 128))
     state = {"transformer.wte.weight": padded, "lm_head.weight": padded}
     for key, w in weights.items():
@@ -614,10 +612,7 @@ def same_tokenizer(one, other):
 
 
 def open_shard(path):
-    """
-    The token ids of a shard, memory-mapped: only what a batch needs is read. A .npy of uint16, or
-    a .bin as llm.c and modded-nanogpt write it.
-    """
+    """The memory-mapped token ids of a .npy, or of a .bin of llm.c and modded-nanogpt."""
     if path.endswith(".bin"):
         # 256 int32 come first: a magic number, a version, the number of tokens
         header = np.fromfile(path, np.int32, 256)
@@ -631,8 +626,7 @@ def open_shard(path):
     except (ValueError, OSError, EOFError) as problem:
         die(f"{path} is not a whole .npy file ({problem}): write it again")
     if shard.ndim != 1 or shard.dtype != np.uint16:
-        die(f"{path} holds {shard.dtype} of shape {shard.shape}, and a shard is one row of uint16 "
-            "token ids: write it with fineweb.py")
+        die(f"{path} holds {shard.dtype} of shape {shard.shape}; a shard is one row of uint16")
     return shard
 
 
@@ -658,8 +652,7 @@ class Loader:
         self.ends = np.cumsum(n_seqs)
         self.n_seq = int(self.ends[-1])
         if self.n_seq == 0:
-            die(f"the {split} shards in {folder} hold less than one sequence of block_size={T} "
-                "tokens")
+            die(f"the {split} shards in {folder} are shorter than block_size={T}")
 
     def sequences(self, numbers):
         """Numbers in the stream -> token ids (n, T+1)."""
@@ -676,8 +669,8 @@ class Loader:
             start = (i - first) * self.T
             row[:] = self.shards[shard][start:start + self.T + 1]
         if rows.max() >= self.vocab_size:
-            die(f"the shards hold token id {rows.max()}, the model's last is "
-                f"{self.vocab_size - 1}: they come from another tokenizer")
+            die(f"the shards hold token id {rows.max()}, and the model has {self.vocab_size} "
+                "tokens: they come from another tokenizer")
         return torch.from_numpy(rows)
 
     def batches(self, all_numbers, device):
@@ -805,6 +798,18 @@ def all_reduce_sum(process, *numbers):
     total = torch.tensor(numbers, dtype=torch.float64, device=process.device)
     dist.all_reduce(total)  # gloo has no AVG
     return total.tolist()
+
+
+def my_sequences(steps, grad_accum_steps, B, process):
+    """
+    This process's part of the global batch of each step: B numbers for `Loader.sequences` for every
+    micro-batch. All processes together take the same numbers, however many they are.
+    """
+    for step in steps:
+        for micro in range(grad_accum_steps):
+            first = (step * grad_accum_steps + micro) * process.world_size * B
+            first += process.rank * B
+            yield range(first, first + B)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -979,8 +984,8 @@ def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosin
 
 def stop_signals():
     """
-    A list that gets an entry when Ctrl-C or SIGTERM asks the process to stop: the loop then saves
-    and ends. A second signal ends the process at once.
+    A list that Ctrl-C and SIGTERM add to: the loop then saves and ends. A second signal ends the
+    process at once.
     """
     asked = []
 
@@ -1001,9 +1006,9 @@ def save_checkpoint(path, checkpoint):
 
 def save_run(folder, checkpoint, is_best):
     """
-    Writes folder/ckpt.pt and, if the model is the best so far, folder/best.pt, which is a second
-    name of the same file where the file system has hard links. best.pt comes first: a run that is
-    killed between the two resumes from the older ckpt.pt and finds the same best again.
+    Writes folder/ckpt.pt and, if it is the best so far, folder/best.pt: two names of one file where
+    the file system has hard links. best.pt comes first: a run that is killed between the two
+    resumes from the older ckpt.pt, and finds the same best again.
     """
     last, best = os.path.join(folder, "ckpt.pt"), os.path.join(folder, "best.pt")
     if not is_best:
@@ -1019,7 +1024,7 @@ def save_run(folder, checkpoint, is_best):
     os.replace(last + ".tmp", last)
 
 
-def load_checkpoint(path, device="cpu", mmap=None):
+def load_checkpoint(path, mmap=None):
     """
     A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author.
     mmap=True reads tensors only when they are used.
@@ -1027,10 +1032,9 @@ def load_checkpoint(path, device="cpu", mmap=None):
     if not os.path.exists(path):
         die(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as problem:  # zip, pickle and torch each have their own way to say it
-        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__}): take "
-            "another one, such as best.pt, or start from scratch")
+        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__})")
 
 
 def warn_changed(settings, checkpoint, names):
@@ -1090,8 +1094,7 @@ def read_log(path):
                 row = {k: float(text) if text else None for k, text in texts.items()}
                 rows.append(row | {"step": int(texts["step"])})
             except (ValueError, KeyError, TypeError):
-                die(f"{path} is not a log as it was written, such as in the line {texts}: take it "
-                    "away, or undo what was changed in it")
+                die(f"{path} was changed: {texts} is no line of a log. Take the file away")
     return rows
 
 
@@ -1188,8 +1191,10 @@ def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, 
 
 @torch.no_grad()
 def evaluate(model, loader, batch_size, n_tokens, process):
-    """The mean loss over the first n_tokens of the split (at least one sequence, whole ones
-    only), and over how many tokens that is. The processes share the work."""
+    """
+    The mean loss over the first n_tokens of the split, in whole sequences, at least one; and the
+    number of these tokens. The processes share the work.
+    """
     loss, n = 0.0, 0
     end = min(loader.n_seq, max(1, n_tokens // loader.T))
     starts = range(process.rank * batch_size, end, process.world_size * batch_size)
@@ -1231,13 +1236,6 @@ def ask_hellaswag(model, questions, process):
         return hellaswag.evaluate(model, questions, model.prefill, process.device)
 
 
-def print_hellaswag(model, questions, process):
-    acc, acc_norm = ask_hellaswag(model, questions, process)
-    if process.rank == 0:
-        print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   "
-              "(published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
-
-
 def count_micro_batches(tokens_per_step, B, T, world_size):
     """How many micro-batches (B, T) each process works through in one step."""
     unit = B * T * world_size
@@ -1259,9 +1257,9 @@ def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad
         rows = next(batches)
         if process.world_size > 1:
             # DDP averages the gradients over the processes in each backward pass. That is needed
-            # only in the last one of a step, and this flag switches it. The official way is the
-            # context manager model.no_sync(), which would need the body of this loop twice. DDP
-            # reads the flag in the forward pass, so it must be set before.
+            # only in the last one of a step, and this flag switches it. The official way, the
+            # context manager model.no_sync(), would need the body of this loop twice. DDP reads
+            # the flag in the forward pass.
             model.require_backward_grad_sync = micro == grad_accum_steps - 1
         with process.autocast():
             # gradients add up over the micro-batches: divided, they become those of the mean
@@ -1290,18 +1288,21 @@ def peak_memory(device):
 # the GPU's own counts.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
-    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A40": 150e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "5090": 210e12, "4090": 165e12, "3090": 71e12}
+    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+    "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(gpu):
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), math.nan)
+    for name, flops in PEAK_FLOPS.items():
+        if name in gpu and "Laptop" not in gpu:
+            return flops
+    return math.nan
 
 
 def mfu(model, T, tokens_per_second, world_size=1):
     """
-    Model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B):
-    the part of the GPUs' peak that the model's own matmuls use; nan where the peak is not known.
+    Model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B),
+    the part of the GPUs' peak that the matmuls use; nan where the peak is not known.
     """
     on_gpu = next(model.parameters()).is_cuda
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else math.nan
@@ -1434,7 +1435,10 @@ if __name__ == "__main__":
                                eval_only)
     if eval_only:
         if questions:
-            print_hellaswag(raw_model, questions, process)
+            acc, acc_norm = ask_hellaswag(raw_model, questions, process)
+        if questions and rank == 0:
+            print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+                  "   (published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
         finish(process)
 
     # ---- the training run
@@ -1470,14 +1474,8 @@ if __name__ == "__main__":
         print_start(raw_model, train.n_seq * T, config, f"{grad_accum_steps} x {B} x {T}",
                     compiled, process)
 
-    def my_sequences():
-        """This process's part of every global batch: a range for each micro-batch."""
-        for s in range(first_step, max_steps):
-            for micro in range(grad_accum_steps):
-                first = s * (total_batch_size // T) + (micro * world_size + rank) * B
-                yield range(first, first + B)
-
-    batches = train.batches(my_sequences(), device)
+    numbers = my_sequences(range(step, max_steps), grad_accum_steps, B, process)
+    batches = train.batches(numbers, device)
     asked_to_stop, stop = stop_signals(), 0
     t_start = time.time()
     while True:
