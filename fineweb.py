@@ -1,22 +1,20 @@
 """
-Text to token shards. Downloads FineWeb-Edu (sample-10BT, 28 GB of parquet files) from the Hugging
-Face hub, or takes text of yours, and writes it as long arrays of token ids for train_gpt2.py.
+Text in, token shards out: the first stage. Downloads FineWeb-Edu (sample-10BT, 28 GB of parquet
+files) from the Hugging Face hub, or takes any text of yours, and writes it as the GPT reads it:
+long arrays of token ids.
 
-    python fineweb.py                                   # 10 billion tokens: 100 shards, 20 GB
-    python fineweb.py max_tokens=300000000              # downloads no more files than it needs
-    python fineweb.py text=notes.txt data=notes val_tokens=10000                # text of your own
-    python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn   # and its own BPE
+    python fineweb.py                             # all 10 billion tokens: 100 shards, 20 GB
+    python fineweb.py max_tokens=300000000        # stops early, downloads no more than it needs
+    python fineweb.py text=notes.txt data=notes val_tokens=10000        # your own text
+    python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn
 
-It needs no GPU and uses all cores: some 5 million tokens a second on each.
-A .txt file holds one document a line, a .jsonl one a line under "text", a .parquet one a row in the
-column "text"; all in UTF-8. Each document begins with <|endoftext|>.
-Shards are as build-nanogpt writes them, and its shards can be used too: edu_fineweb10B/
-edufineweb_train_000001.npy, uint16, 100M tokens each; shard 0 is the validation set.
-An interrupted run continues after the last whole shard if the same command is run again.
+It needs no GPU. Two cores tokenize about 7 million tokens a second. After an interruption the same
+command continues. The shards are those of build-nanogpt, whose own work here too: uint16, 100M
+tokens each, edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on. <|endoftext|> opens
+each document: a line of a .txt file, the field "text" of a line of .jsonl or a row of .parquet.
 
-HF_ENDPOINT (a mirror of the hub) and HF_TOKEN (for gated files) are honoured.
-This file also has what later files share: settings, error lines, files that are written whole,
-downloads, and the tokenizer.
+HF_ENDPOINT (a mirror of the hub) and HF_TOKEN (for gated files) are honoured. Settings, saving,
+downloads and tokenizers of all scripts are here.
 """
 import ast
 import base64
@@ -36,7 +34,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -45,20 +43,22 @@ import numpy as np
 # settings: `python fineweb.py name=value` overrides any of them
 
 data = "edu_fineweb10B"     # folder for the shards
-text: str = None            # .txt/.jsonl/.parquet: files, folders, globs: a,b; None = FineWeb-Edu
-tokenizer = "gpt2"          # gpt2 | a .tiktoken file | learn: byte pairs of the text itself
-vocab_size = 512            # >= 257: size of a learned vocabulary
-shard_size = 100_000_000    # >= 1: tokens in a training shard
-val_tokens = 100_000_000    # >= 1: tokens in shard 0, the validation set
-max_tokens: int = None      # >= 1: stop after this many tokens; None = all
+text: str = None            # .txt, .jsonl, .parquet: a file, folder or pattern, or several: a,b
+tokenizer = "gpt2"          # gpt2; a .tiktoken file; learn: byte pairs learned from the text
+vocab_size = 512            # >= 257, <= 65536: tokenizer=learn: most tokens of the vocabulary
+shard_size = 100_000_000    # >= 1, <= 1e9: tokens in a training shard
+val_tokens = 100_000_000    # >= 1, <= 1e9: tokens in shard 0, the validation set
+max_tokens: int = None      # >= 1: stop after this many tokens, None = all
 
-EOT = "<|endoftext|>"       # begins a document; also BOS and EOS of captions
-# GPT-2 cuts text into words before it merges byte pairs: no token spans two words.
+# separates documents; also the captioner's first (BOS) and last (EOS) token
+EOT = "<|endoftext|>"
+# GPT-2's pattern, which cuts text into words before byte pairs are merged: no token spans two words
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The look-ahead (?!\S) keeps tiktoken from its fast regular expressions. It matters only where two
-# white space characters follow each other. Most documents have none, and for those this pattern
-# gives the same words, twice as fast.
+# The look-ahead (?!\S) keeps tiktoken from its fast regex engine, and it matters only where two
+# white-space characters stand in a row. Most documents have no such place. This pattern cuts them
+# into the same words, and tiktoken is twice as fast with it.
 SPLIT_SINGLE_SPACED = r" ?\p{L}+| ?\p{N}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+|\s"
+# of GPT-2's ranks as a .tiktoken file, which OpenAI publishes as r50k_base.tiktoken
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # --------------------------------------------------------------------------------------------------
@@ -74,83 +74,96 @@ def die(message):
 
 class Setting(NamedTuple):
     default: object
-    kind: type          # int, float, str or bool; the annotation says it of a None default
-    accepts: str        # ">= 1", "> 0, <= 1", "one of a | b", or "": the beginning of the comment
+    kind: type          # int, float, str or bool
+    rule: str           # ">= 1", "> 0, <= 1", "one of a | b", or "" if every value is right
     comment: str
 
 
 def read_settings(source):
     """
-    The settings that the text of a script declares, as {name: Setting}: its lowercase variables at
-    module level whose value is a number, a string, True, False or None. No other variable can be
-    set from the command line.
+    The settings in the text of a script, {name: Setting}. A setting is a lowercase variable at
+    module level whose value is a number, a string, True, False or None:
+
+        name = default          # rule: comment
+        name: int = None        # the type of a setting without a default value; a rule is optional
     """
-    lines, found = source.splitlines(), {}
+    kinds = {"int": int, "float": float, "str": str, "bool": bool}
+    lines = source.splitlines()
+    settings = {}
     for node in ast.parse(source).body:
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        if isinstance(node, ast.AnnAssign):
+            name = ast.unparse(node.target)
+        elif isinstance(node, ast.Assign):
+            name = ast.unparse(node.targets[0])
+        else:
             continue
-        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
         try:
             default = ast.literal_eval(node.value)
         except ValueError:
             continue
-        if not isinstance(target, ast.Name) or not target.id.islower():
+        is_plain = isinstance(default, (int, float, str, type(None)))
+        if not (is_plain and name.isidentifier() and name.islower()):
             continue
-        if not isinstance(default, (int, float, str, type(None))):
-            continue
-        kind = type(default)
-        if isinstance(node, ast.AnnAssign):
-            kind = {"int": int, "float": float, "str": str, "bool": bool}[node.annotation.id]
-        comment = lines[node.end_lineno - 1][node.end_col_offset:].strip(" #")
-        accepts = re.match(r"one of [\w |.-]+(?=[:;]|$)|([<>]=? [\d.e-]+(, )?)+(?=[:;]|$)", comment)
-        found[target.id] = Setting(default, kind, accepts[0] if accepts else "", comment)
-    return found
+        kind = kinds[node.annotation.id] if isinstance(node, ast.AnnAssign) else type(default)
+        # ast counts bytes, not letters
+        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:]
+        comment = rest.decode().strip(" #")
+        rule = re.split("[:;]", comment)[0]
+        if not rule.startswith(("one of ", "<", ">")):
+            rule = ""
+        settings[name] = Setting(default, kind, rule, comment)
+    return settings
+
+
+def parse_value(text, kind):
+    """The text of a setting as a value of its type; None if it is none."""
+    if kind is str:
+        return ",".join(os.path.expanduser(part) for part in text.split(","))
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    with suppress(ValueError):
+        return int(text) if kind is int else float(text)
+    with suppress(ValueError):  # max_tokens=1e9
+        return int(float(text)) if float(text).is_integer() else None
 
 
 def parse_setting(name, text, setting):
-    """The value that `name=text` stands for; ends the run if it is not what the setting accepts."""
-    default, kind, accepts, _ = setting
-    if not text or (text == "None" and kind is str):
-        die(f"{name}={text} gives no value: leave {name}= out, or say what it is to be")
-    if kind is str:
-        value = re.sub(r"(^|,)~(?=/|$)", lambda home: home[1] + os.path.expanduser("~"), text)
-        allowed = accepts.removeprefix("one of ").split(" | ")
-        if accepts and value not in allowed:
-            die(f"{name}={text}: {name} is one of {', '.join(allowed)}")
-        if name in ("data", "out_dir", "export"):
-            for path in value.split(","):
-                if os.path.lexists(path) and not os.path.isdir(path):
-                    die(f"{name}={text}: {path} is not a folder")
-        return value
-    try:  # 1e-3, 1_000, True and None are read as Python reads them
-        value = ast.literal_eval(text.title() if text in ("true", "false") else text)
-    except (ValueError, SyntaxError):
-        value = text
-    if value is None and default is None:
+    """The value that `name=text` gives; ends the run if the setting does not accept it."""
+    default, kind, rule, _ = setting
+    if text == "None" and default is None and kind is not str:
         return None
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)  # max_tokens=1e9
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+    if text in ("", "None"):
+        die(f"{name}={text} gives no value: leave {name}= out, or give it a value")
+    value = parse_value(text, kind)
+    if value is None or (kind is float and not math.isfinite(value)):
         what = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
-        die(f"{name}={text}: {name} takes {what}" + f", such as {default}" * (default is not None))
+        die(f"{name}={text}: {name} takes {what}")
+    if rule.startswith("one of "):
+        choices = rule.removeprefix("one of ").split(" | ")
+        if value not in choices:
+            die(f"{name}={text}: {name} is one of {', '.join(choices)}")
     compare = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-    for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", accepts):
+    for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", rule):
         if not compare[sign](value, float(bound)):
-            die(f"{name}={text}: {name} must be {accepts}")
+            die(f"{name}={text}: {name} must be {rule}")
+    if name in ("data", "out_dir", "export"):
+        for path in value.split(","):
+            if os.path.lexists(path) and not os.path.isdir(path):
+                die(f"{name}={text}: {path} is not a folder")
     return value
 
 
 def configure(module, preset=None, positional=()):
     """
-    Sets the settings of the calling script, whose `globals()` are `module`: the defaults in its
-    text, then what `preset` returns, then the command line, `name=value` or `--name=value`. Bare
-    words fill the names in `positional`, in order.
-    preset(typed) -> {name: value}; typed is {name: value} of the command line.
-    A comment begins with what the setting accepts: `>= 1: ...`, `one of a | b: ...`.
-    Names that no longer exist are in the script's RENAMED, {old: new}.
-    Returns all settings as a dict. A wrong name or value ends the run with one line.
+    Sets the settings of the calling script, whose `globals()` are `module`, and returns them as a
+    dict. The command line, `name=value` or `--name=value`, wins over what `preset` returns, and
+    that over the defaults in the script's text (read_settings shows how they are written).
+
+    preset(typed) -> {name: value}, where typed is {name: value} of the command line
+    positional: the names that words without "=" are given to, in order
+    RENAMED in the script: {old name: new name}
+
+    A wrong name or value ends the run with one line; --help prints all settings.
     """
     # a terminal that lacks a letter shows "?" for it: that must not end a run
     for stream in (sys.stdout, sys.stderr):
@@ -158,28 +171,35 @@ def configure(module, preset=None, positional=()):
             stream.reconfigure(errors="replace")
     with open(module["__file__"], encoding="utf-8") as f:
         source = f.read()
-    settings, renamed = read_settings(source), module.get("RENAMED", {})
-    if {"--help", "-h", "help"} & {*sys.argv[1:]}:
+    settings = read_settings(source)
+    renamed = module.get("RENAMED", {})
+    words = sys.argv[1:]
+    if {"--help", "-h", "help"}.intersection(words):
+        # `python -OO` drops __doc__, not the text
         print(ast.get_docstring(ast.parse(source)), "\n\nsettings:")
         for name, setting in settings.items():
             print(f"  {f'{name}={setting.default}':36} {setting.comment}")
         sys.exit(0)
-    typed, bare = {}, iter(positional)
-    for word in sys.argv[1:]:
+    typed = {}
+    positional = list(positional)
+    for word in words:
         name, equals, text = word.partition("=")
         name = name.removeprefix("--")
         if not equals:
-            name, text = next(bare, None), word
-            if name is None:
+            if not positional:
                 die(f"'{word}' is not a setting: write name=value (--help lists all settings)")
+            name = positional.pop(0)
+            text = word
         if name in renamed:
             die(f"{name}= is now called {renamed[name]}=")
         if name not in settings:
             near = difflib.get_close_matches(name, settings, 1, 0.0)
             die(f"unknown setting '{name}': did you mean '{near[0]}'? (--help lists them all)")
         typed[name] = parse_setting(name, text, settings[name])
-    defaults = {name: setting.default for name, setting in settings.items()}
-    final = defaults | (preset(typed) if preset else {}) | typed
+    final = {name: setting.default for name, setting in settings.items()}
+    if preset:
+        final |= preset(typed)
+    final |= typed
     module.update(final)
     return final
 
@@ -197,8 +217,8 @@ def print_settings(config):
 def save_atomically(path, write):
     """
     `write(file)` fills a temporary file, which is flushed to the disk and then takes its name in
-    one step: a reader never meets half a file, not even after a power cut. If the disk is full,
-    the run ends with one line, and what was at `path` before is still there.
+    one step: a reader never meets half a file, not even after a power cut. If writing fails, the
+    run ends with one line, and what was at `path` before is still there.
     """
     try:
         with open(path + ".tmp", "wb") as f:
@@ -207,8 +227,8 @@ def save_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as problem:  # torch.save turns an OSError into a RuntimeError
-        die(f"{path} could not be written ({str(problem).splitlines()[0]}): "
-            "make room on the disk; what was there before is unharmed")
+        die(f"{path} could not be written ({str(problem).splitlines()[0]}); is the disk full? "
+            "What was there before is unharmed")
     finally:
         with suppress(FileNotFoundError):
             os.remove(path + ".tmp")
@@ -242,6 +262,21 @@ def lock_folder(folder):
     LOCKS[folder] = file
 
 
+def read_lines(path):
+    """Yields (number, line) of a text file, numbers from 1, without blank lines and line ends."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # -sig: without a byte order mark
+            for number, line in enumerate(f, 1):
+                if "\0" in line:
+                    raise ValueError("a NUL byte")
+                line = line.strip()
+                if line:
+                    yield number, line
+    except (OSError, ValueError) as problem:
+        die(f"{path} can't be read as UTF-8 text after line {number}: {problem}")
+
+
 # --------------------------------------------------------------------------------------------------
 # downloads
 
@@ -250,86 +285,91 @@ def hub():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
+def fetch(url, part):
+    """Appends to the file `part` what it lacks of `url`, in one request."""
+    import requests
+    from tqdm import tqdm
+
+    # identity: uncompressed, so that sizes are those of the file
+    headers = {"User-Agent": f"nanocaption/1.0 python-requests/{requests.__version__}",
+               "Accept-Encoding": "identity"}
+    done = os.path.getsize(part) if os.path.exists(part) else 0
+    if done:
+        headers["Range"] = f"bytes={done}-"
+    token = os.environ.get("HF_TOKEN")
+    if token and url.startswith(hub() + "/"):
+        headers["Authorization"] = f"Bearer {token}"
+    with requests.get(url, headers=headers, stream=True, timeout=30) as response:
+        if response.status_code == 416:
+            os.remove(part)
+            raise requests.ConnectionError("the part on disk is longer than the file")
+        response.raise_for_status()
+        # a network that asks for a login answers every address with its own page
+        if "text/html" in response.headers.get("Content-Type", ""):
+            die(f"{url}: a web page came, not the file: does this network ask for a login?")
+        if response.status_code == 200:  # the whole file, whatever part was asked for
+            done = 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        name = os.path.basename(part)
+        with (open(part, "ab" if done else "wb") as f,
+              tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name) as bar):
+            for chunk in response.iter_content(2**16):
+                f.write(chunk)
+                bar.update(len(chunk))
+            f.flush()
+            os.fsync(f.fileno())
+    if total and os.path.getsize(part) < total:
+        raise requests.ConnectionError("the connection was cut")
+
+
 def download(url, path, tries=8):
     """
-    Fetches `url` into the file `path` and returns `path`. A file that exists is not fetched again.
-    After a cut connection, a 429 or a 5xx it tries again, each time after twice the pause, from the
-    byte where it stopped. The file gets its name when it is whole. HF_TOKEN is sent to the hub (or
-    its mirror) only. Ends the run with one line if the file cannot be had.
+    Fetches `url` into the file `path`, unless it exists, and returns `path`. A cut connection, a
+    429 or a 5xx is tried again after a pause that doubles, from the byte where it stopped. The file
+    gets its name only when it is whole. HF_TOKEN is sent to the hub, or its mirror, only.
     """
     if os.path.exists(path):
         return path
     import requests
-    from tqdm import tqdm
 
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part, token, from_hub = path + ".part", os.environ.get("HF_TOKEN"), url.startswith(hub())
-    headers = {"User-Agent": "nanocaption (a tutorial; python-requests)"}
-    if token and from_hub:
-        headers["Authorization"] = f"Bearer {token}"
-    pause, problem = 1.0, ""
+    part = path + ".part"
+    may_pass = (requests.HTTPError, requests.ConnectionError, requests.Timeout,
+                requests.exceptions.ChunkedEncodingError)
     for attempt in range(tries):
-        if attempt:
-            print(f"{problem}; trying again in {pause:.0f} s ({url})", flush=True)
-            time.sleep(pause)
-            pause *= 2
-        n_done = os.path.getsize(part) if os.path.exists(part) else 0
-        if n_done:
-            headers["Range"] = f"bytes={n_done}-"
-        else:
-            headers.pop("Range", None)
+        pause = 2**attempt
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=30) as response:
-                status = response.status_code
-                if status == 429 or status >= 500:
-                    problem = f"the server answers {status}"
-                    seconds = re.sub(r"\D", "", response.headers.get("Retry-After", ""))
-                    pause = max(pause, min(float(seconds or 0), 300))
-                    continue
-                if status == 416:  # the part is longer than the file: it is of another file
-                    os.remove(part)
-                    problem = "the part on disk is not of this file"
-                    continue
-                if status not in (200, 206):
-                    licence = "; if it needs a licence, accept it on the site and set HF_TOKEN"
-                    die(f"{url}: the server answers {status} {response.reason}"
-                        + (licence if from_hub and status in (401, 403) else ""))
-                kind = response.headers.get("Content-Type", "")
-                if kind.startswith("text/html") and not path.endswith((".html", ".htm")):
-                    die(f"{url}: the answer is a web page, not the file: does this network ask for "
-                        "a login?")
-                if status == 200:  # the whole file, whatever was asked for
-                    n_done = 0
-                length = response.headers.get("Content-Length")
-                total = None
-                if length and "Content-Encoding" not in response.headers:
-                    total = n_done + int(length)
-                with open(part, "ab" if n_done else "wb") as f, tqdm(
-                        total=total, initial=n_done, unit="B", unit_scale=True, mininterval=1,
-                        desc=os.path.basename(path)) as bar:
-                    for chunk in response.iter_content(1 << 16):
-                        f.write(chunk)
-                        bar.update(len(chunk))
-                    f.flush()
-                    os.fsync(f.fileno())
-        except (requests.ConnectionError, requests.Timeout,
-                requests.exceptions.ChunkedEncodingError) as error:
-            problem = f"no answer ({type(error).__name__})"
-            continue
-        except requests.RequestException as error:  # such as a malformed address
-            die(f"{url}: {error}")
-        except OSError as error:
-            die(f"{part} could not be written ({error}): make room on the disk and run the same "
-                "command again, it continues from there")
-        size = os.path.getsize(part)
-        if total is None or size == total:
-            os.replace(part, path)
-            return path
-        problem = f"got {size:,} of {total:,} bytes"
-        if size > total:
-            os.remove(part)
-    die(f"could not download {url}: {problem}, {tries} times. Run the same command again to "
-        f"continue, or put the file at {path} yourself")
+            fetch(url, part)
+            break
+        except may_pass as problem:
+            what = f"no answer ({type(problem).__name__})"
+            if isinstance(problem, requests.HTTPError):
+                status = problem.response.status_code
+                what = f"the server says {status} {problem.response.reason}"
+                if status in (401, 403) and url.startswith(hub() + "/"):
+                    what += "; if it asks for a licence, accept it there and set HF_TOKEN"
+                if status < 500 and status != 429:
+                    die(f"{url}: {what}")
+                retry_after = problem.response.headers.get("Retry-After", "")
+                if retry_after.isdigit():
+                    pause = max(pause, min(int(retry_after), 300))
+        except OSError as problem:  # a malformed address, or a full disk
+            die(f"{url} could not be written to {part}: {problem}")
+        if attempt == tries - 1:
+            die(f"could not download {url}: {what}, {tries} times. Run the same command again to "
+                f"continue, or put the file at {path} yourself")
+        print(f"{what}; trying again in {pause} s ({url})", flush=True)
+        time.sleep(pause)
+    if path.endswith(".json"):
+        with open(part, encoding="utf-8") as f:
+            try:
+                json.load(f)
+            except ValueError:
+                os.remove(part)
+                die(f"{url}: what came is not json")
+    os.replace(part, path)
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -338,9 +378,9 @@ def download(url, path, tries=8):
 
 def get_tokenizer(source="gpt2"):
     """
-    A tiktoken.Encoding with <|endoftext|> as its last id. source: "gpt2", the path of a .tiktoken
-    file (a line for each token: its bytes in base64, its id), or the text of such a file, which is
-    how checkpoints carry it.
+    A tiktoken.Encoding with <|endoftext|> as its last id. `source` is "gpt2", the path of a
+    .tiktoken file (a line for each token: its bytes in base64, its id), or such a file's text,
+    which is how checkpoints carry it.
     """
     import tiktoken
 
@@ -348,47 +388,45 @@ def get_tokenizer(source="gpt2"):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as problem:  # tiktoken passes on whatever its download raises
-            die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): connect "
-                "once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
-    name, lines = "the tokenizer", source
+            die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): "
+                "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
+    name, lines = "the tokenizer", source.splitlines()
     if "\n" not in source:
         if not os.path.isfile(source):
-            die(f"tokenizer={source}: gpt2, or a .tiktoken file, and there is no such file")
-        name = source
-        with open(source, encoding="utf-8") as f:
-            lines = f.read()
-    ranks = {}
+            die(f"tokenizer {source}: gpt2, or a .tiktoken file, and there is no such file")
+        name, lines = source, [line for _, line in read_lines(source)]
     try:
-        for line in filter(str.strip, lines.splitlines()):
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        if sorted(ranks.values()) != list(range(len(ranks))):
-            raise ValueError("the ids are not 0, 1, 2, ...")
-        if any(bytes([b]) not in ranks for b in range(256)):
-            raise ValueError("not every byte is a token")
-    except ValueError as problem:
-        die(f"{name} is not a .tiktoken file ({problem}): a line is a token in base64 and its id")
-    return tiktoken.Encoding("learned", pat_str=SPLIT, mergeable_ranks=ranks,
-                             special_tokens={EOT: len(ranks)})
+        pairs = [line.split() for line in lines]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        ranks = {}
+    # every text can be written with the 256 bytes, and the id after the last is <|endoftext|>
+    single_bytes = {bytes([b]) for b in range(256)}
+    if set(ranks.values()) != set(range(len(ranks))) or not single_bytes <= ranks.keys():
+        die(f"{name} is not a .tiktoken file: a line for each token, its bytes in base64 and its "
+            "id, with all 256 single bytes and no gap in the ids")
+    return tiktoken.Encoding(
+        "learned", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
-def tiktoken_text(tokens):
-    """Tokens (bytes) in the order of their ids -> the text of a .tiktoken file."""
-    lines = [f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)]
-    return "".join(lines)
+def tokenizer_text(ranks):
+    """{token: id} as the text of a .tiktoken file, or "gpt2" if it is GPT-2's."""
+    tokens = sorted(ranks, key=ranks.get)
+    text = "".join(f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in tokens)
+    is_gpt2 = hashlib.sha256(text.encode()).hexdigest() == GPT2_SHA256
+    return "gpt2" if is_gpt2 else text
 
 
 def learn_bpe(documents, vocab_size):
     """
-    Byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2). It starts from the 256 bytes.
-    Again and again, the most frequent pair of neighbours becomes a token. Returns the text of a
-    .tiktoken file.
+    Byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): start from the 256 bytes; again
+    and again, the most frequent pair of neighbours becomes a token of its own. Returns the text of
+    a .tiktoken file.
     """
     import regex  # comes with tiktoken; like re, but knows \p{L}
 
     counts = Counter(word for document in documents for word in regex.findall(SPLIT, document))
-    # half a surrogate pair, which json can hold and UTF-8 cannot, is replaced
-    words = {word: [bytes([b]) for b in word.encode("utf-8", "replace")] for word in counts}
+    words = {word: [bytes([b]) for b in word.encode()] for word in counts}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size - 1:  # one id is left for <|endoftext|>
         pairs = Counter()
@@ -403,14 +441,13 @@ def learn_bpe(documents, vocab_size):
             for i in range(len(parts) - 2, -1, -1):
                 if parts[i:i + 2] == [a, b]:
                     parts[i:i + 2] = [a + b]
-    return tiktoken_text(tokens)
+    return tokenizer_text({token: rank for rank, token in enumerate(tokens)})
 
 
 def bytes_to_unicode():
-    """OpenAI's spelling of bytes in vocab.json: {byte: a printable character}."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letters = {b: chr(b) for b in printable}
+    """{byte: letter}: GPT-2's way to spell every byte as a printable character."""
+    letters = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "}
+    others = [b for b in range(256) if b not in letters]
     return letters | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
@@ -419,58 +456,64 @@ def vocab_and_merges(encoding):
     A tokenizer as OpenAI published GPT-2's, and as `transformers` reads it: the bytes of
     vocab.json, {token: id}, and of merges.txt, the pairs in the order in which they are merged.
     """
-    ranks, letters = encoding._mergeable_ranks, bytes_to_unicode()
+    ranks = encoding._mergeable_ranks
+    letters = bytes_to_unicode()
 
     def spell(token):
         return "".join(letters[b] for b in token)
 
     merges = ["#version: 0.2"]
     for token in sorted(ranks, key=ranks.get):
-        # apply the earlier merges; two parts remain, the pair that became this token
+        # merge as the earlier tokens say, until two parts are left: this pair made the token
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
-            pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-            i = pair_ranks.index(min(pair_ranks))
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
-            merges.append(" ".join(map(spell, parts)))
+            merges.append(f"{spell(parts[0])} {spell(parts[1])}")
     vocab = {spell(token): rank for token, rank in ranks.items()} | {EOT: encoding.eot_token}
     return json.dumps(vocab).encode(), "\n".join(merges + [""]).encode()
 
 
 def read_vocab(folder):
     """
-    The tokenizer of a folder in Hugging Face's layout, from its vocab.json: the text of a
-    .tiktoken file, or "gpt2" if it is GPT-2's own.
+    The tokenizer of a folder with vocab.json and merges.txt, as `vocab_and_merges` makes them: the
+    text of a .tiktoken file, or "gpt2" if it is GPT-2's. Ends the run if it is of another kind.
     """
-    path = os.path.join(folder, "vocab.json")
-    byte_of = {letter: b for b, letter in bytes_to_unicode().items()}
+    bytes_of = {letter: b for b, letter in bytes_to_unicode().items()}
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(os.path.join(folder, "vocab.json"), encoding="utf-8") as f:
             vocab = json.load(f)
-        names = sorted(vocab, key=vocab.get)
-        if names[-1] != EOT:
-            raise ValueError(f"its last token is not {EOT}")
-        tokens = [bytes(byte_of[letter] for letter in name) for name in names[:-1]]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as problem:
-        die(f"{path} is not a vocabulary as GPT-2 has it ({type(problem).__name__}: {problem})")
-    text = tiktoken_text(tokens)
-    return "gpt2" if hashlib.sha256(text.encode()).hexdigest() == GPT2_SHA256 else text
+        with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
+            merges = f.read().split("\n")[1:]  # without "#version: 0.2"
+        merged = [pair.replace(" ", "") for pair in merges if pair]
+        tokens = sorted(vocab, key=vocab.get)
+        if tokens[256:] != merged + [EOT] or sorted(vocab.values()) != list(range(len(tokens))):
+            raise ValueError(f"ids must be 256 bytes, merges in the order of merges.txt, {EOT}")
+        spelled = enumerate(tokens[:-1])
+        ranks = {bytes(bytes_of[letter] for letter in token): id for id, token in spelled}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
+        die(f"{folder} has no vocabulary of GPT-2's kind ({type(problem).__name__}: {problem})")
+    return tokenizer_text(ranks)
 
 
 # --------------------------------------------------------------------------------------------------
-# documents
+# documents -> tokens -> shards
 
 
 def text_files(pattern):
     """The local files that `text=` names, in a fixed order."""
     paths = []
-    for part in pattern.split(","):
-        found = [part] if os.path.isfile(part) else glob.glob(part)
+    for part in [pattern] if os.path.exists(pattern) else pattern.split(","):
+        # brackets in a name that exists are part of the name
+        wanted = glob.escape(part) if os.path.exists(part) else part
         if os.path.isdir(part):
-            found = glob.glob(os.path.join(glob.escape(part), "**"), recursive=True)
-        endings = (".txt", ".jsonl", ".parquet")
-        found = sorted(path for path in found if path.endswith(endings) and os.path.isfile(path))
+            wanted = os.path.join(wanted, "**")
+        found = []
+        for path in sorted(glob.glob(wanted, recursive=True)):
+            if path.endswith((".txt", ".jsonl", ".parquet")) and os.path.isfile(path):
+                found.append(path)
         if not found:
             die(f"text={part}: no .txt, .jsonl or .parquet file there")
         paths += found
@@ -478,272 +521,229 @@ def text_files(pattern):
 
 
 def fineweb_files():
-    """The parquet files of FineWeb-Edu's 10BT sample; each is downloaded when it is asked for."""
-    repo, folder = "datasets/HuggingFaceFW/fineweb-edu", os.path.join(data, "parquet")
-    listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT",
-                       os.path.join(folder, "files.json"))
-    try:
-        with open(listing, encoding="utf-8") as f:
-            names = sorted(entry["path"] for entry in json.load(f))
-    except (ValueError, KeyError, TypeError):
-        die(f"{listing} is not a list of files of the hub: delete it and run this again")
+    """Yields the parquet files of FineWeb-Edu's 10BT sample; each is downloaded when it is due."""
+    repo = "datasets/HuggingFaceFW/fineweb-edu"
+    folder = os.path.join(data, "parquet")
+    listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT", f"{folder}/files.json")
+    with open(listing, encoding="utf-8") as f:
+        names = sorted(entry["path"] for entry in json.load(f))
     for name in names:
         if name.endswith(".parquet"):
-            yield download(f"{hub()}/{repo}/resolve/main/{name}",
-                           os.path.join(folder, os.path.basename(name)))
+            path = os.path.join(folder, os.path.basename(name))
+            yield download(f"{hub()}/{repo}/resolve/main/{name}", path)
 
 
-def read_documents(paths):
-    """
-    Yields every document of the files, as a string. Empty and null ones are left out. Text that is
-    not UTF-8, or is no text, ends the run with one line that says where.
-    """
-    for path in paths:
-        rows = read_parquet(path) if path.endswith(".parquet") else read_lines(path)
-        for number, document in enumerate(rows, 1):
-            if document is None:
-                continue
-            if not isinstance(document, str):
-                die(f"{path}, row {number}: \"text\" is {document!r:.60}, not text")
-            if document.strip():
-                yield document
-
-
-def read_lines(path):
-    """Yields the documents of a .txt or .jsonl file."""
-    try:
-        # "-sig": a byte order mark at the beginning is no text
-        with open(path, encoding="utf-8-sig") as f:
-            for number, line in enumerate(f, 1):
-                if "\0" in line:
-                    die(f"{path}, line {number} holds zero bytes: save the file in UTF-8")
-                if not line.strip():
-                    yield None
-                elif path.endswith(".jsonl"):
-                    try:
-                        yield json.loads(line)["text"]
-                    except (ValueError, KeyError, TypeError):
-                        die(f"{path}, line {number}: not a json object with a \"text\": "
-                            f"{line[:60]!r}")
-                else:
-                    yield line.strip()
-    except UnicodeDecodeError as problem:
-        die(f"{path} is not UTF-8 ({problem.reason}): convert it, such as with `iconv -t utf-8`")
+def read_jsonl(path):
+    """Yields (line number, text), None where there is no text."""
+    for number, line in read_lines(path):
+        try:
+            text = json.loads(line)["text"]
+            # half of a surrogate pair, which json can hold and UTF-8 can't, becomes U+FFFD
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            text = None
+        yield number, text
 
 
 def read_parquet(path):
-    """Yields the rows of the column "text"."""
+    """Yields (row number, the value in column text)."""
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
-            die(f"{path} has no column \"text\"")
+            die(f'{path} has no column "text"')
+        rows = count(1)
         for batch in file.iter_batches(1024, columns=["text"]):
-            yield from batch.column("text").to_pylist()
-    except (pyarrow.ArrowException, OSError) as problem:
-        die(f"{path} is not a whole .parquet file ({problem})")
+            yield from zip(rows, batch.column("text").to_pylist())
+    except (pyarrow.ArrowException, OSError, ValueError) as problem:
+        die(f"{path} is not a whole .parquet file ({str(problem).splitlines()[0]})")
 
 
-# --------------------------------------------------------------------------------------------------
-# documents -> tokens -> shards
+def read_documents(paths):
+    """Yields every document of the files, as a string."""
+    readers = {".txt": read_lines, ".jsonl": read_jsonl, ".parquet": read_parquet}
+    for path in paths:
+        read = readers[os.path.splitext(path)[1]]
+        for number, document in read(path):
+            if not isinstance(document, str):
+                die(f'{path}: document {number} is not a json object or row with a string "text"')
+            yield document
 
 
 @functools.lru_cache
 def single_spaced(encoding):
-    """
-    The same tokenizer with the fast pattern, SPLIT_SINGLE_SPACED. It takes a third of a second to
-    build. The special tokens are passed on, though no text is searched for them: without any,
-    tiktoken searches with an empty pattern, which matches everywhere.
-    """
+    """The same tokenizer with the faster pattern; building it takes a third of a second."""
     import tiktoken
 
-    return tiktoken.Encoding("single-spaced", pat_str=SPLIT_SINGLE_SPACED,
-                             mergeable_ranks=encoding._mergeable_ranks,
-                             special_tokens=encoding._special_tokens)
+    return tiktoken.Encoding(
+        "single-spaced", pat_str=SPLIT_SINGLE_SPACED, mergeable_ranks=encoding._mergeable_ranks,
+        special_tokens=encoding._special_tokens)
 
 
-def pieces(document):
-    """
-    Cuts a document after every 1,000 white space characters in a row. tiktoken's pattern fails on
-    rows of hundreds of thousands.
-    """
-    ends = [match.end() for match in re.finditer(r"\s{1000}", document)]
-    return [document[a:b] for a, b in zip([0, *ends], [*ends, len(document)])]
+def cut_long_spaces(document, longest=100_000):
+    """Cuts a document inside longer runs of white space: tiktoken fails at a million in a row."""
+    cuts = [0]
+    for run in re.finditer(r"\s{1000,}", document):
+        cuts += range(run.start() + longest, run.end(), longest)
+    return [document[start:end] for start, end in zip(cuts, cuts[1:] + [None])]
 
 
 def tokenize(documents, encoding):
     """
-    Yields a uint16 array for each document, in order: <|endoftext|>, then its tokens. It uses all
-    cores: tiktoken releases Python's global lock.
+    Yields the ids of each document, uint16, <|endoftext|> first, in order. Threads use all cores:
+    tiktoken works outside Python's global lock.
     """
-    two_spaces, fast = re.compile(r"\s\s"), single_spaced(encoding)
+    eot = np.array([encoding.eot_token], np.uint16)
+    spaces_in_a_row = re.compile(r"\s\s")
+    fast = single_spaced(encoding)
 
     def encode(document):
-        tokens = [np.array([encoding.eot_token], np.uint16)]
-        for piece in pieces(document):
-            tokenizer = encoding if two_spaces.search(piece) else fast
-            try:
-                ids = tokenizer.encode_to_numpy(piece, disallowed_special=())
-            except UnicodeEncodeError:  # half a surrogate pair; encode_ordinary replaces it
-                ids = encoding.encode_ordinary(piece)
-            tokens.append(np.array(ids, np.uint16))
-        return np.concatenate(tokens)
+        # text that spells <|endoftext|> is text
+        if spaces_in_a_row.search(document):
+            pieces = cut_long_spaces(document)
+            ids = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        else:
+            ids = [fast.encode_to_numpy(document, disallowed_special=())]
+        return np.concatenate([eot, *ids], dtype=np.uint16, casting="unsafe")
 
     def encode_batch(batch):
         return [encode(document) for document in batch]
 
-    documents, n_threads = iter(documents), os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads) as pool:
-        pending = deque()
+    documents = iter(documents)
+    workers = os.cpu_count() or 1
+    pending = deque()
+    with ThreadPoolExecutor(workers) as pool:
         while batch := list(islice(documents, 256)):
             pending.append(pool.submit(encode_batch, batch))
-            if len(pending) > 2 * n_threads:
+            if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
         for future in pending:
             yield from future.result()
 
 
-def all_tokens(paths, encoding, n_skip):
-    """
-    Yields the token arrays of all documents but the first n_skip. File by file: tokenize reads
-    ahead, and the next file may still have to be downloaded.
-    """
+def tokenize_files(paths, encoding, skip=0):
+    """Yields the tokens of every document but the first `skip`."""
+    # file by file: tokenize reads ahead, and the next file may still have to be downloaded
     for path in paths:
         documents = read_documents([path])
-        n_skip -= sum(1 for _ in islice(documents, n_skip))
+        skip -= sum(1 for _ in islice(documents, skip))
         yield from tokenize(documents, encoding)
 
 
-def limit(arrays, n):
-    """Yields the first n tokens of some arrays, and asks for no array after that. n=None: all."""
-    for tokens in arrays:
-        yield tokens[:n]
-        if n is not None:
-            n -= len(tokens)
-            if n <= 0:
-                return
+def fill_shards(documents, progress):
+    """
+    Joins the tokens of documents and cuts them into shards. Yields (shard, position, is_last). The
+    position is {documents, offset}: the shards so far hold that many whole documents, and `offset`
+    tokens of the next. Until a token comes after a shard, nobody knows whether it is the last.
+    """
+    n_documents, offset = progress["documents"], progress["offset"]
+    left = max_tokens - progress["tokens"] if max_tokens else math.inf
+    shard = np.empty(shard_size if progress["shards"] else val_tokens, np.uint16)
+    used = 0
+    for tokens in documents:
+        while left and offset < len(tokens):
+            if used == len(shard):
+                yield shard, dict(documents=n_documents, offset=offset), False
+                shard = np.empty(shard_size, np.uint16)
+                used = 0
+            n = min(len(tokens) - offset, len(shard) - used, left)
+            shard[used:used + n] = tokens[offset:offset + n]
+            used += n
+            offset += n
+            left -= n
+        if not left:
+            break
+        n_documents += 1
+        offset = 0
+    yield shard[:used], dict(documents=n_documents, offset=offset), True
 
 
-def cut_into_shards(arrays, sizes, n_documents, offset):
+def read_progress(path, run):
     """
-    Yields (shard, n_documents, offset): the arrays, end to end, in pieces of the given sizes, the
-    last one shorter; and how far they go: n_documents whole ones and `offset` tokens of the next.
-    n_documents, offset: the same for what was written before; the arrays begin with the next
-    document, whole.
+    How far a run with these settings and files has come, the dict in progress.json. Ends the run
+    if the folder holds shards of other settings or files.
     """
-    size, parts, n_tokens = next(sizes), [], 0
-    for tokens in arrays:
-        tokens = tokens[offset:]
-        while n_tokens + len(tokens) >= size:
-            take = size - n_tokens
-            offset += take
-            yield np.concatenate([*parts, tokens[:take]]), n_documents, offset
-            tokens = tokens[take:]
-            size, parts, n_tokens = next(sizes), [], 0
-        parts.append(tokens)
-        n_tokens += len(tokens)
-        n_documents, offset = n_documents + 1, 0
-    if n_tokens:
-        yield np.concatenate(parts), n_documents, 0
-
-
-def read_progress(path, run_settings):
-    """
-    progress.json: the settings of the run; how many shards, documents and tokens are done; and how
-    many tokens of the next document (offset). Ends the run if the settings have changed.
-    """
+    folder = os.path.dirname(path)
     if not os.path.exists(path):
-        return run_settings | dict(shards=0, documents=0, offset=0, tokens=0)
+        for name in os.listdir(folder):
+            if name.endswith((".npy", ".bin", ".tiktoken")):
+                die(f"{folder} holds {name}, and no progress.json that says whose it is: "
+                    "take another data=, or move it away")
+        return run | dict(shards=0, documents=0, offset=0, tokens=0)
     try:
         with open(path, encoding="utf-8") as f:
             progress = json.load(f)
-        progress["shards"] + progress["documents"] + progress["offset"] + progress["tokens"]
-    except (ValueError, KeyError, TypeError):
-        die(f"{path} is damaged: delete {os.path.dirname(path)} and begin again")
-    for name, value in run_settings.items():
-        if name in progress and progress[name] != value:
-            if name == "files":
-                die(f"the files of text= have changed since {os.path.dirname(path)} was begun: "
-                    "put them back as they were, or take another data=")
-            die(f"{os.path.dirname(path)} was begun with {name}={progress[name]}, not {value}: "
-                "use the same setting, another data=, or delete the folder")
+    except ValueError:
+        die(f"{path} is damaged: delete {folder}, or take another data=")
+    # progress.json of earlier versions has no list of files
+    changed = [name for name in run if progress.get(name, run[name]) != run[name]]
+    if changed:
+        was = ", ".join(f"{name}={progress[name]}" for name in changed if name != "files")
+        die(f"{folder} was begun with {was or 'other text files, or other sizes of them'}: use the "
+            "same, take another data=, or delete the folder")
     return progress
 
-
-# --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
     print_settings(configure(globals()))
     if max_tokens and max_tokens <= val_tokens:
-        die(f"max_tokens={max_tokens:,} leaves nothing to train on: the first "
-            f"val_tokens={val_tokens:,} are the validation set")
+        die(f"max_tokens={max_tokens:,} leaves nothing to train on: "
+            f"the first val_tokens={val_tokens:,} are the validation set")
     if tokenizer == "learn" and not text:
         die("tokenizer=learn needs text=: it reads the text twice")
     paths = text_files(text) if text else fineweb_files()
-    run_settings = dict(text=text, tokenizer=tokenizer, shard_size=shard_size,
-                        val_tokens=val_tokens, max_tokens=max_tokens)
-    if text:
-        run_settings["files"] = [[os.path.basename(path), os.path.getsize(path)] for path in paths]
-    if tokenizer == "learn":
-        run_settings["vocab_size"] = vocab_size
     lock_folder(data)
+
+    # what must be the same when an interrupted run continues
+    run = dict(text=text, tokenizer=tokenizer, shard_size=shard_size, val_tokens=val_tokens,
+               max_tokens=max_tokens)
+    if tokenizer == "learn":
+        run["vocab_size"] = vocab_size
+    if text:
+        run["files"] = [[path, os.path.getsize(path)] for path in paths]
     progress_file = os.path.join(data, "progress.json")
-    begun = os.path.exists(progress_file)
-    if not begun and glob.glob(os.path.join(glob.escape(data), "*.npy")):
-        die(f"{data} holds shards that another program wrote, or parts of them: take another data=")
-    progress = read_progress(progress_file, run_settings)
+    progress = read_progress(progress_file, run)
     if progress.get("done"):
-        print(f"{data} is complete: {progress['tokens']:,} tokens in {progress['shards']} shards")
+        print(f"{data} is finished: {progress['tokens']:,} tokens in {progress['shards']} shards")
         sys.exit(0)
 
-    # A vocabulary of its own lies beside the shards, where train_gpt2.py finds it.
+    # a vocabulary of its own goes with the shards: train_gpt2.py looks for it there
     tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
-    if not begun:
-        with suppress(FileNotFoundError):  # from a run that failed
-            os.remove(tokenizer_file)
-        if tokenizer == "learn":
-            merges = learn_bpe(read_documents(paths), vocab_size)
-            save_atomically(tokenizer_file, lambda f: f.write(merges.encode()))
-        elif tokenizer != "gpt2":
-            ranks = get_tokenizer(tokenizer)._mergeable_ranks
-            own_text = tiktoken_text(sorted(ranks, key=ranks.get))
-            save_atomically(tokenizer_file, lambda f: f.write(own_text.encode()))
-    if tokenizer != "gpt2":
-        tokenizer = tokenizer_file
-    encoding = get_tokenizer(tokenizer)
+    if progress["shards"]:
+        source = tokenizer_file if os.path.exists(tokenizer_file) else "gpt2"
+    elif tokenizer == "learn":
+        source = learn_bpe(read_documents(paths), vocab_size)
+    else:
+        source = tokenizer_text(get_tokenizer(tokenizer)._mergeable_ranks)
+    encoding = get_tokenizer(source)
     if encoding.n_vocab > 2**16:
-        die(f"tokenizer={tokenizer} has {encoding.n_vocab:,} tokens: shards hold 16-bit ids, at "
-            "most 65,536")
+        die(f"tokenizer={tokenizer} has {encoding.n_vocab:,} tokens: shards hold 16-bit ids")
     print(f"tokenizer: {tokenizer}, {encoding.n_vocab:,} tokens")
 
-    n_left = None
-    if max_tokens:
-        # the next document is read whole: its first tokens are in a shard already
-        n_left = max_tokens - progress["tokens"] + progress["offset"]
-    arrays = limit(all_tokens(paths, encoding, progress["documents"]), n_left)
-    shard = progress["shards"]
-    sizes = iter(lambda: val_tokens if shard == 0 else shard_size, None)
-    t0, tokens_before = time.time(), progress["tokens"]
-    for tokens, n_documents, offset in cut_into_shards(arrays, sizes, progress["documents"],
-                                                       progress["offset"]):
-        split = "val" if shard == 0 else "train"
-        shard += 1
-        path = os.path.join(data, f"edufineweb_{split}_{shard - 1:06d}.npy")
-        save_atomically(path, lambda f: np.save(f, tokens))
-        progress |= dict(shards=shard, documents=n_documents, offset=offset,
-                         tokens=progress["tokens"] + len(tokens))
-        save_atomically(progress_file, lambda f: f.write(json.dumps(progress, indent=1).encode()))
-        speed = (progress["tokens"] - tokens_before) / (time.time() - t0) / 1e6
-        print(f"shard {shard - 1} ({split}): {len(tokens):,} tokens | {progress['tokens']:,} so far "
-              f"| {speed:.2f}M tokens/s", flush=True)
-    if progress["shards"] < 2:
-        for path in glob.glob(os.path.join(glob.escape(data), "edufineweb_val_*.npy")):
-            os.remove(path)
-        for path in (progress_file, tokenizer_file):
-            with suppress(FileNotFoundError):
-                os.remove(path)
-        die(f"the text has {progress['tokens']:,} tokens, and the first val_tokens={val_tokens:,} "
-            "are the validation set: nothing is left to train on; lower val_tokens=")
-    progress["done"] = True
-    save_atomically(progress_file, lambda f: f.write(json.dumps(progress, indent=1).encode()))
+    # after a kill, what progress.json does not count is written again
+    def save_progress():
+        content = json.dumps(progress, indent=1).encode()
+        save_atomically(progress_file, lambda f: f.write(content))
+
+    start = time.time()
+    tokens_at_start = progress["tokens"]
+    documents = tokenize_files(paths, encoding, progress["documents"])
+    for shard, position, is_last in fill_shards(documents, progress):
+        number = progress["shards"]
+        if number == 0 and is_last:
+            die(f"the text has {len(shard):,} tokens, and the first val_tokens={val_tokens:,} are "
+                "the validation set: nothing is left to train on, lower val_tokens=")
+        if number == 0:
+            save_progress()
+            if source != "gpt2":
+                save_atomically(tokenizer_file, lambda f: f.write(source.encode()))
+        split = "train" if number else "val"
+        path = os.path.join(data, f"edufineweb_{split}_{number:06d}.npy")
+        save_atomically(path, lambda f: np.save(f, shard))
+        total = progress["tokens"] + len(shard)
+        progress |= position | dict(shards=number + 1, tokens=total, done=is_last)
+        save_progress()
+        speed = (total - tokens_at_start) / (time.time() - start) / 1e6
+        print(f"shard {number} ({split}): {len(shard):,} tokens | {total:,} tokens so far | "
+              f"{speed:.2f}M tokens/s", flush=True)

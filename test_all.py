@@ -142,10 +142,27 @@ def log_column(path, column):
 # ---- settings, downloads, tokens (fineweb.py)
 
 
+def run_here(command, cwd, ok=True):
+    """`run` in this process, which takes less time than starting another."""
+    gc.collect()  # a script that ran here before lets go of its locks
+    if not ok:
+        return run(command, cwd, ok=False)
+    script, *words = command.split()
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *words])
+        try:
+            runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+        except SystemExit as stop:
+            assert stop.code == 0
+    return out.getvalue()
+
+
 SETTINGS = """
 steps = 10                  # >= 1: of training
 rate = 0.1                  # > 0, <= 2: how fast
-name = "a"
+name = "é"                  # the letter before this takes two bytes
 kind = "x"                  # one of x | y-z: which
 flag = False
 limit: int = None           # >= 3: None = no limit
@@ -164,7 +181,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def configured(tmp_path, monkeypatch):
     """configured(words) -> the settings of a script that is called with these words."""
-    (tmp_path / "script.py").write_text(SETTINGS)
+    (tmp_path / "script.py").write_text(SETTINGS, encoding="utf-8")
     module = runpy.run_path(str(tmp_path / "script.py"))
     monkeypatch.chdir(tmp_path)
 
@@ -177,11 +194,15 @@ def configured(tmp_path, monkeypatch):
 
 def test_configure_takes_types_as_python_writes_them(configured):
     assert list(configured()) == "steps rate name kind flag limit text out_dir".split()
-    words = ["steps=1e3", "--rate=1", "name=b=c", "kind=y-z", "flag=true", "limit=1_000", "text=1e3"]
+    words = "steps=1e3 --rate=1 name=b=c kind=y-z flag=true limit=1_000 text=1e3".split()
     final = configured(*words)
-    assert final == dict(steps=1000, rate=1.0, name="b=c", kind="y-z", flag=True, limit=1000, text="1e3", out_dir="out")
+    assert final == dict(steps=1000, rate=1.0, name="b=c", kind="y-z", flag=True, limit=1000,
+                         text="1e3", out_dir="out")
     assert type(final["rate"]) is float and type(final["steps"]) is int
     assert configured("limit=None")["limit"] is None
+    assert configured(f"steps={2**60 + 1}")["steps"] == 2**60 + 1
+    comment = fineweb.read_settings(SETTINGS)["name"].comment
+    assert comment == "the letter before this takes two bytes"
 
 
 def test_configure_argv_beats_preset_and_bare_words_fill_positions(configured):
@@ -193,12 +214,16 @@ def test_configure_argv_beats_preset_and_bare_words_fill_positions(configured):
 
 
 @pytest.mark.parametrize("word, hint", [
-    ("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"), ("steps=0", "steps must be >= 1"),
-    ("flag=1", "True or False"), ("flag=no", "True or False"), ("rate=fast", "a number"), ("rate=nan", "a number"), ("rate=1e999", "a number"),
-    ("rate=0", "must be > 0, <= 2"), ("rate=2.1", "must be > 0, <= 2"), ("limit=2", "must be >= 3"), ("limit=300M", "whole number"),
-    ("kind=z", "one of x, y-z"), ("hello", "name=value"), ("text=", "gives no value"), ("name=", "gives no value"), ("text=None", "gives no value"),
-    ("old=3", "now called steps="), ("twice=3", "unknown setting"), ("helper=3", "unknown setting"), ("Upper=3", "unknown setting"),
-    ("out_dir=script.py", "not a folder"), ("steps=", "gives no value")])
+    ("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"),
+    ("steps=0", "steps must be >= 1"), ("flag=1", "True or False"), ("flag=no", "True or False"),
+    ("steps=inf", "whole number"), ("steps=1e999", "whole number"),
+    ("rate=fast", "a number"), ("rate=nan", "a number"), ("rate=1e999", "a number"),
+    ("rate=0", "must be > 0, <= 2"), ("rate=2.1", "must be > 0, <= 2"), ("limit=2", "must be >= 3"),
+    ("limit=300M", "whole number"), ("kind=z", "one of x, y-z"), ("hello", "name=value"),
+    ("text=", "gives no value"), ("name=", "gives no value"), ("text=None", "gives no value"),
+    ("old=3", "now called steps="), ("twice=3", "unknown setting"), ("helper=3", "unknown setting"),
+    ("Upper=3", "unknown setting"), ("out_dir=script.py", "not a folder"),
+    ("steps=", "gives no value")])
 def test_configure_names_what_is_wrong(word, hint, capsys, configured):
     with pytest.raises(SystemExit) as stop:
         configured(word)
@@ -212,21 +237,26 @@ def test_configure_expands_the_home_folder(configured, monkeypatch):
 
 
 def test_help_needs_no_docstrings_in_memory(tmp_path):
-    done = subprocess.run([sys.executable, "-OO", os.path.join(REPO, "fineweb.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "shard_size=100000000" in done.stdout and "Text to token shards" in done.stdout
+    done = subprocess.run([sys.executable, "-OO", os.path.join(REPO, "fineweb.py"), "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "shard_size=100000000" in done.stdout
+    assert "first stage" in done.stdout
+
+
+def test_help_lists_settings_with_their_comments(tmp_path):
+    said = run_here("hellaswag.py --help", tmp_path)
+    assert "number=0" in said and "the question to show" in said
 
 
 def test_one_process_writes_a_folder(tmp_path):
     fineweb.lock_folder(str(tmp_path / "new"))
     fineweb.lock_folder(str(tmp_path / "new"))  # the process that holds it may ask again
-    code = f"import sys; sys.path.insert(0, {REPO!r}); import fineweb; fineweb.lock_folder('new')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "text.txt").write_text("a\n" * 300)
+    done = subprocess.run(
+        [sys.executable, os.path.join(REPO, "fineweb.py"), "text=text.txt", "data=new"],
+        cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and f"another run (process {os.getpid()}" in done.stderr
-
-
-def test_help_lists_settings_with_their_comments(tmp_path):
-    said = run("train_caption.py --help", tmp_path)
-    assert "every=1" in said and "before every k-th block" in said
+    assert os.listdir(tmp_path / "new") == [".lock"]
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
@@ -241,6 +271,8 @@ class Flaky(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         if turn == 1:
             return self.send_error(503)
+        if self.path == "/changed" and start > 100_000:
+            return self.send_error(416)
         rest = self.BODY[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", len(rest) + (1000 if turn == 3 else 0))
@@ -265,8 +297,15 @@ def flaky(monkeypatch):
 def test_download_goes_on_where_it_was_cut(flaky, tmp_path):
     path = fineweb.download(f"{flaky}/file", str(tmp_path / "new" / "file"))
     assert open(path, "rb").read() == Flaky.BODY
-    assert Flaky.asked == [0, 0, 65_536, 131_072]  # 503; cut; cut, and a lie about the length; the rest
+    # 503; cut; cut, and a lie about the length; the rest
+    assert Flaky.asked == [0, 0, 65_536, 131_072]
     assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_download_starts_again_where_the_part_is_not_of_this_file(flaky, tmp_path):
+    (tmp_path / "file.part").write_bytes(b"x" * 400_000)
+    path = fineweb.download(f"{flaky}/changed", str(tmp_path / "file"))
+    assert open(path, "rb").read() == Flaky.BODY and Flaky.asked[:3] == [400_000, 400_000, 0]
 
 
 def test_download_leaves_nothing_of_a_missing_file(flaky, tmp_path):
@@ -275,63 +314,292 @@ def test_download_leaves_nothing_of_a_missing_file(flaky, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Answers with the STATUS, TYPE and BODY of the test; keeps the headers that it was sent."""
+    STATUS, TYPE, BODY, headers_sent = 200, "", b"", []
+
+    def do_GET(self):
+        self.headers_sent.append(dict(self.headers))
+        self.send_response(self.STATUS)
+        self.send_header("Content-Type", self.TYPE)
+        self.send_header("Content-Length", len(self.BODY))
+        self.end_headers()
+        self.wfile.write(self.BODY)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("name, status, content_type, body, hint", [
+    ("model.safetensors", 200, "text/html; charset=utf-8", b"<html>Welcome", "a web page"),
+    ("files.json", 200, "text/html", b"<html>Welcome", "a web page"),
+    ("files.json", 200, "", b"Please log in", "not json"),
+    ("photo.jpg", 403, "", b"", "403")])
+def test_download_keeps_no_page_of_a_hotel(name, status, content_type, body, hint, tmp_path,
+                                           monkeypatch, capsys):
+    monkeypatch.setattr(Answer, "STATUS", status)
+    monkeypatch.setattr(Answer, "TYPE", content_type)
+    monkeypatch.setattr(Answer, "BODY", body)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    Answer.headers_sent.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    # an address that only begins as the hub's does gets no token, and no advice about one
+    monkeypatch.setenv("HF_ENDPOINT", address[:-1])
+    with pytest.raises(SystemExit):
+        fineweb.download(f"{address}/{name}", str(tmp_path / name))
+    said = capsys.readouterr().err
+    assert hint in said and "HF_TOKEN" not in said and os.listdir(tmp_path) == []
+    headers, = Answer.headers_sent
+    assert headers["User-Agent"].startswith("nanocaption") and "Authorization" not in headers
+    if status == 403:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(SystemExit):
+            fineweb.download(f"{address}/{name}", str(tmp_path / name))
+        assert "HF_TOKEN" in capsys.readouterr().err
+        assert Answer.headers_sent[1]["Authorization"] == "Bearer secret"
+    server.shutdown()
+    server.server_close()
+
+
 TEXT = ["the cat sat on the mat", "a dog , a cat and 2 birds", "naïve café ☕", "the dog's mat"] * 40
 
 
-def test_learned_tokenizer_round_trip():
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+@pytest.fixture(scope="session")
+def learned():
+    """A tokenizer of TEXT, and its .tiktoken file's text."""
+    text = fineweb.learn_bpe(TEXT, 320)
+    return fineweb.get_tokenizer(text), text
+
+
+def test_learned_tokenizer_round_trip(learned):
+    tokenizer, _ = learned
     assert tokenizer.n_vocab <= 320 and tokenizer.eot_token == tokenizer.n_vocab - 1
-    assert all(tokenizer.decode(tokenizer.encode_ordinary(text)) == text for text in TEXT + ["unseen ☃ text"])
+    for text in TEXT + ["unseen ☃ text"]:
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     assert len(tokenizer.encode_ordinary("the cat")) == 2  # frequent words became single tokens
 
 
-def test_shards_hold_every_document_opened_by_eot_and_survive_a_kill(tmp_path):
-    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
-    command = "fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size=150 data="
-    run(command + "whole", tmp_path)
-    shards = sorted((p for p in os.listdir(tmp_path / "whole") if p.endswith(".npy")), key=lambda p: p[-10:])
-    assert shards[0] == "edufineweb_val_000000.npy" and shards[1] == "edufineweb_train_000001.npy"
-    tokens = np.concatenate([np.load(tmp_path / "whole" / p) for p in shards])
+BYTES = fineweb.learn_bpe([], 300)
+
+
+@pytest.mark.parametrize("content", [
+    "", "\n", BYTES[:-5], BYTES.replace("QQ== 65\n", ""), BYTES.replace("QQ==", "!!!!"),
+    BYTES + "no rank\n", BYTES + "YWI= 300\n", BYTES.encode("utf-16")])
+def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path, capsys):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "bad.tiktoken").write_bytes(content)
+    with pytest.raises(SystemExit):
+        fineweb.get_tokenizer(str(tmp_path / "bad.tiktoken"))
+    assert "bad.tiktoken" in capsys.readouterr().err
+    (tmp_path / "good.tiktoken").write_text(BYTES + "\n\n")
+    assert fineweb.get_tokenizer(str(tmp_path / "good.tiktoken")).n_vocab == 257
+
+
+def make_shards(cwd, words, ok=True):
+    """Runs fineweb.py on TEXT with a vocabulary learned from it."""
+    if not os.path.exists(cwd / "text.txt"):
+        (cwd / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    return run_here(f"fineweb.py text=text.txt tokenizer=learn vocab_size=320 {words}", cwd, ok)
+
+
+def read_shards(folder):
+    paths = sorted(folder.glob("*.npy"), key=lambda path: path.name[-10:])
+    return [np.load(path) for path in paths]
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at_save(n, monkeypatch):
+    """The n-th file that fineweb.py writes from here on is not written: the process ends there."""
+    save, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == n:
+            raise Killed
+        save(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_shards_hold_every_document_opened_by_eot(tmp_path):
+    make_shards(tmp_path, "data=whole val_tokens=100 shard_size=150")
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
+    assert names[0] == "edufineweb_train_000001.npy" and names[-1] == "edufineweb_val_000000.npy"
+    shards = read_shards(tmp_path / "whole")
     tokenizer = fineweb.get_tokenizer(str(tmp_path / "whole" / "tokenizer.tiktoken"))
-    assert tokens.dtype == np.uint16 and tokens.tolist() == [t for text in TEXT for t in [tokenizer.eot_token] + tokenizer.encode_ordinary(text)]
-    # killed after shard 2: nothing later is there, and half of shard 3 lies about under its temporary name
-    run(command + "cut", tmp_path)
-    for name in shards[3:]:
-        os.remove(tmp_path / "cut" / name)
-    (tmp_path / "cut" / (shards[3] + ".tmp")).write_bytes(b"half")
-    lengths, done, progress = [1 + len(tokenizer.encode_ordinary(text)) for text in TEXT], 400, json.load(open(tmp_path / "cut" / "progress.json"))
-    documents = int(np.searchsorted(np.cumsum(lengths), done, side="right"))
-    progress |= dict(shards=3, tokens=done, documents=documents, offset=done - sum(lengths[:documents]), done=False)
-    (tmp_path / "cut" / "progress.json").write_text(json.dumps(progress))
-    run(command + "cut", tmp_path)
-    for name in shards:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # killed after shard 1, which ended where document 30 ends: max_tokens= is still to come
-    end = sum(lengths[:31])
-    command = f"fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size={end - 100} max_tokens={end + 200} data=even"
-    run(command, tmp_path)
-    expected = (tmp_path / "even/edufineweb_train_000002.npy").read_bytes()
-    os.remove(tmp_path / "even/edufineweb_train_000002.npy")
-    progress = json.load(open(tmp_path / "even/progress.json")) | dict(shards=2, tokens=end, documents=30, offset=lengths[30], done=False)
-    (tmp_path / "even/progress.json").write_text(json.dumps(progress))
-    run(command, tmp_path)
-    assert (tmp_path / "even/edufineweb_train_000002.npy").read_bytes() == expected
+    expected = []
+    for text in TEXT:
+        expected += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+    assert [len(shard) for shard in shards[:-1]] == [100] + [150] * (len(shards) - 2)
+    assert all(shard.dtype == np.uint16 for shard in shards)
+    assert np.concatenate(shards).tolist() == expected
 
 
-def test_documents_are_cut_as_gpt2_cuts_them():
+@pytest.mark.parametrize("sizes, n_last", [
+    ("shard_size=110 max_tokens=320", 110), ("shard_size=1000", None)])
+def test_shards_survive_a_kill_at_any_file(sizes, n_last, tmp_path, monkeypatch):
+    words = f"vocab_size=257 val_tokens=100 {sizes}"
+    make_shards(tmp_path, f"data=whole {words}")
+    whole = read_shards(tmp_path / "whole")
+    assert len(whole) >= 3 and (len(whole[-1]) == n_last or n_last is None)
+    for n in range(1, 9):  # progress, tokenizer, shard 0, progress, shard 1, progress, ...
+        with monkeypatch.context() as patch:
+            kill_at_save(n, patch)
+            with pytest.raises(Killed):
+                make_shards(tmp_path, f"data=cut{n} {words}")
+        make_shards(tmp_path, f"data=cut{n} {words}")
+        assert all(map(np.array_equal, read_shards(tmp_path / f"cut{n}"), whole))
+        assert (tmp_path / f"cut{n}/progress.json").read_text() == (
+            tmp_path / "whole/progress.json").read_text()
+
+
+def test_shards_of_one_folder_come_from_one_text(tmp_path):
+    words = "data=shards val_tokens=100 shard_size=150"
+    make_shards(tmp_path, words)
+    assert "finished" in make_shards(tmp_path, words)
+    assert "was begun with shard_size=150" in make_shards(tmp_path, words + "0", ok=False)
+    with open(tmp_path / "text.txt", "a") as f:
+        f.write("one more\n")
+    assert "other text files" in make_shards(tmp_path, words, ok=False)
+    # the folder of an earlier version, which kept no list of files
+    progress = json.loads((tmp_path / "shards/progress.json").read_text())
+    del progress["files"]
+    (tmp_path / "shards/progress.json").write_text(json.dumps(progress))
+    assert "finished" in make_shards(tmp_path, words)
+    (tmp_path / "shards/progress.json").write_text("")
+    assert "damaged" in make_shards(tmp_path, words, ok=False)
+
+
+@pytest.mark.parametrize("name", ["edufineweb_train_000007.npy", "a_val.bin", "tokenizer.tiktoken"])
+def test_somebodys_shards_are_not_written_over(name, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / name).write_text("precious")
+    assert name in make_shards(tmp_path, "data=shards val_tokens=100", ok=False)
+    assert set(os.listdir(tmp_path / "shards")) == {".lock", name}
+
+
+def test_a_text_without_training_tokens_leaves_nothing(tmp_path):
+    n = sum(map(len, read_shards_of(tmp_path, "whole val_tokens=100")))
+    for val_tokens in n, n + 1:
+        said = make_shards(tmp_path, f"data=none val_tokens={val_tokens}", ok=False)
+        assert f"{n:,} tokens" in said and os.listdir(tmp_path / "none") == [".lock"]
+    assert len(read_shards_of(tmp_path, f"none val_tokens={n - 1}")) == 2
+
+
+def read_shards_of(cwd, words):
+    make_shards(cwd, f"data={words}")
+    return read_shards(cwd / words.split()[0])
+
+
+def test_documents_are_cut_as_gpt2_cuts_them(learned):
     """The pattern for texts without white space in a row must give what GPT-2's own gives."""
+    tokenizer, _ = learned
     rng = random.Random(0)
-    pieces = ["the", "cat", "'s", "'", "'ll", "'S", "12", "3", "é", "☕", "日本", ".", "--", "$", " ", " ", " ", "\n", "\t", "  ", "\u00a0", "\u2003", "\x1c", "\x85", "\ud800"]
+    pieces = ["the", "cat", "'s", "'", "'ll", "'S", "12", "3", "é", "☕", "日本", ".", "--", "$",
+              " ", " ", " ", "\n", "\t", "  ", "\u00a0", "\u2003", "\x1c", "\x85", fineweb.EOT]
     documents = ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(3000)] + TEXT
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
     for document, tokens in zip(documents, fineweb.tokenize(documents, tokenizer), strict=True):
-        assert tokens.dtype == np.uint16 and tokens.tolist() == [tokenizer.eot_token] + tokenizer.encode_ordinary(document), repr(document)
+        expected = [tokenizer.eot_token] + tokenizer.encode_ordinary(document)
+        assert tokens.dtype == np.uint16 and tokens.tolist() == expected, repr(document)
 
 
-def test_transformers_reads_our_tokenizer_files(tmp_path):
+def test_a_million_blanks_in_a_row_are_tokenized(learned):
+    tokenizer, _ = learned
+    for document in "the" + " " * 1_234_567 + "cat", "\n" * 1_000_000, "a  cat":
+        tokens, = fineweb.tokenize([document], tokenizer)
+        assert tokenizer.decode(tokens[1:].tolist()) == document
+    # runs that tiktoken can take are not cut
+    document = "the" + " " * 99_999 + "cat"
+    tokens, = fineweb.tokenize([document], tokenizer)
+    assert tokens[1:].tolist() == tokenizer.encode_ordinary(document)
+
+
+def test_documents_of_every_kind_of_file(tmp_path, capsys):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def read(name, content):
+        path = tmp_path / name
+        if name.endswith(".parquet"):
+            pq.write_table(pa.table(content), path)
+        else:
+            path.write_bytes(content)
+        return list(fineweb.read_documents([str(path)]))
+
+    mark = b"\xef\xbb\xbf"
+    assert read("a.txt", mark + "é\r\n\r\n b \n".encode()) == ["é", "b"]
+    assert read("a.jsonl", mark + b'{"text": "a"}\n\n{"text": " \\ud800b"}') == ["a", " \ufffdb"]
+    assert read("a.parquet", dict(text=["a", ""])) == ["a", ""]
+    # whatever is no text is refused, with file and place
+    refused = {
+        "16.txt": "é\nb\n".encode("utf-16"), "16le.txt": "a\nb\n".encode("utf-16-le"),
+        "latin.txt": "a\né".encode("latin-1"), "latin.jsonl": '{"text": "é"}'.encode("latin-1"),
+        "null.jsonl": b'{"text": "a"}\n{"text": null}', "int.jsonl": b'{"text": "a"}\n{"text": 1}',
+        "list.jsonl": b'{"text": "a"}\n["text"]', "none.jsonl": b'{"text": "a"}\n{"body": "a"}',
+        "cut.jsonl": b'{"text": "a"}\n{"text": "', "null.parquet": dict(text=["a", None]),
+        "binary.parquet": dict(text=[b"a"]), "int.parquet": dict(text=[1]),
+        "list.parquet": dict(text=[["a"]]), "none.parquet": dict(body=["a"])}
+    for name, content in refused.items():
+        with pytest.raises(SystemExit):
+            read(name, content)
+        said = capsys.readouterr().err
+        assert name in said and said.count("\n") == 2, said
+        if name.endswith(("jsonl", "null.parquet")) and "latin" not in name:
+            assert "document 2" in said
+    # a file that is damaged in the middle
+    pq.write_table(pa.table(dict(text=[str(n) * 50 for n in range(5000)])), tmp_path / "b.parquet")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[100:3000] = bytes(2900)
+    (tmp_path / "b.parquet").write_bytes(content)
+    with pytest.raises(SystemExit):
+        list(fineweb.read_documents([str(tmp_path / "b.parquet")]))
+    assert "b.parquet" in capsys.readouterr().err
+
+
+def test_text_files_are_found_by_name_folder_and_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "x[1].txt", "x1.txt", "a,b.txt", "folder[2]/sub/b.jsonl", "folder[2]/a.md":
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        open(name, "w").close()
+    os.makedirs("folder[2]/sub.txt")
+    assert fineweb.text_files("x[1].txt") == ["x[1].txt"]
+    assert fineweb.text_files("x[0-9].txt") == ["x1.txt"]
+    assert fineweb.text_files("folder[2]") == ["folder[2]/sub/b.jsonl"]
+    assert fineweb.text_files("x1.txt,folder[2]") == ["x1.txt", "folder[2]/sub/b.jsonl"]
+    assert fineweb.text_files("a,b.txt") == ["a,b.txt"]
+
+
+@pytest.mark.parametrize("words, hint", [
+    ("text=2024", "text=2024"), ("text=", "gives no value"), ("text=text.txt shard_size=0", ">= 1"),
+    ("text=text.txt max_tokens=300M", "whole number"), ("tokenizer=learn", "needs text="),
+    ("text=text.txt data=text.txt", "not a folder"), ("text=text.txt val_tokens=-1", ">= 1"),
+    ("text=text.txt tokenizer=nowhere.tiktoken", "no such file"),
+    ("text=text.txt val_tokens=100 max_tokens=100", "nothing to train on")])
+def test_fineweb_refuses_before_anything_is_written(words, hint, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    assert hint in run_here(f"fineweb.py {words}", tmp_path, ok=False)
+    written = {name for _, _, names in os.walk(tmp_path) for name in names}
+    assert written <= {"text.txt", ".lock"}
+
+
+def test_a_terminal_without_all_letters_shows_the_others(tmp_path):
+    (tmp_path / "☕.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, os.path.join(REPO, "fineweb.py"), "text=☕.txt", "val_tokens=999999",
+         "tokenizer=learn", "vocab_size=257"],
+        cwd=tmp_path, capture_output=True, env=os.environ | dict(PYTHONIOENCODING="cp1252"))
+    assert done.returncode == 2 and b"text=?.txt" in done.stdout
+    assert b"lower val_tokens" in done.stderr
+
+
+def test_transformers_reads_our_tokenizer_files(learned, tmp_path):
     coco.mend_torchvision()
     import transformers
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    tokenizer, _ = learned
     for name, content in zip(("vocab.json", "merges.txt"), fineweb.vocab_and_merges(tokenizer)):
         (tmp_path / name).write_bytes(content)
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
@@ -339,12 +607,45 @@ def test_transformers_reads_our_tokenizer_files(tmp_path):
         assert theirs.encode(text) == tokenizer.encode(text, allowed_special="all")
 
 
-@needs_shared
-def test_gpt2s_own_files_come_out_of_tiktoken(monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
-    vocab, merges = fineweb.vocab_and_merges(fineweb.get_tokenizer("gpt2"))
+def test_a_folders_own_vocabulary_is_read(learned, tmp_path, capsys):
+    tokenizer, tiktoken_text = learned
+    vocab, merges = fineweb.vocab_and_merges(tokenizer)
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    (tmp_path / "merges.txt").write_bytes(merges)
+    assert fineweb.read_vocab(str(tmp_path)) == tiktoken_text
+    # another order of ids, as other libraries give them: <|endoftext|> first; merges changed places
     vocab, merges = json.loads(vocab), merges.decode().splitlines()
-    assert len(vocab) == 50257 and vocab["Ġthe"] == 262 and len(merges) == 50_001 and merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+    moved = {token: (rank + 1) % len(vocab) for token, rank in vocab.items()}
+    swapped = [merges[0], merges[2], merges[1], *merges[3:], ""]
+    for bad_vocab, bad_merges in (moved, merges), (vocab, swapped), (vocab, []), ([], merges):
+        (tmp_path / "vocab.json").write_text(json.dumps(bad_vocab))
+        (tmp_path / "merges.txt").write_text("\n".join(bad_merges))
+        with pytest.raises(SystemExit):
+            fineweb.read_vocab(str(tmp_path))
+        assert "vocabulary of GPT-2's kind" in capsys.readouterr().err
+
+
+@needs_shared
+def test_gpt2s_own_files_come_out_of_tiktoken_and_go_in_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
+    gpt2 = fineweb.get_tokenizer("gpt2")
+    vocab, merges = fineweb.vocab_and_merges(gpt2)
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    (tmp_path / "merges.txt").write_bytes(merges)
+    vocab, merges = json.loads(vocab), merges.decode().splitlines()
+    assert len(vocab) == 50257 and vocab["Ġthe"] == 262
+    assert len(merges) == 50_001 and merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+    assert fineweb.read_vocab(str(tmp_path)) == "gpt2"
+    # GPT-2's ranks given as a file are GPT-2's tokenizer: the shards need none of their own
+    monkeypatch.setattr(fineweb, "GPT2_SHA256", "")
+    ranks = fineweb.tokenizer_text(gpt2._mergeable_ranks)
+    (tmp_path / "r50k_base.tiktoken").write_text(ranks)
+    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    run_here("fineweb.py text=text.txt data=shards tokenizer=r50k_base.tiktoken val_tokens=100",
+             tmp_path)
+    assert not (tmp_path / "shards/tokenizer.tiktoken").exists()
+    tokens = np.concatenate(read_shards(tmp_path / "shards"))
+    assert gpt2.decode(tokens.tolist()).split(fineweb.EOT)[1:] == TEXT
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, capsys):
@@ -365,8 +666,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.asked.append(os.path.basename(self.path))
-        answer = (json.dumps([dict(path=f"sample/10BT/{name}") for name in self.FILES]).encode() if "/api/" in self.path
-                  else self.FILES[os.path.basename(self.path)])
+        if "/api/" in self.path:
+            listing = [dict(path=f"sample/10BT/{name}") for name in self.FILES]
+            answer = json.dumps(listing).encode()
+        else:
+            answer = self.FILES[os.path.basename(self.path)]
         self.send_response(200)
         self.send_header("Content-Length", len(answer))
         self.end_headers()
@@ -376,199 +680,126 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_fineweb_downloads_no_more_than_it_needs(tmp_path):
+def test_fineweb_downloads_no_more_than_it_needs(learned, tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for n in range(3):
         table = pa.BufferOutputStream()
         pq.write_table(pa.table(dict(text=[f"file {n}"] + TEXT)), table)
         Hub.FILES[f"{n:03d}_00000.parquet"] = table.getvalue().to_pybytes()
-    (tmp_path / "bpe.tiktoken").write_text(fineweb.learn_bpe(TEXT, 320))
+    tokenizer, tiktoken_text = learned
+    (tmp_path / "bpe.tiktoken").write_text(tiktoken_text)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    one_file = sum(map(len, fineweb.tokenize(["file 0"] + TEXT, fineweb.get_tokenizer(str(tmp_path / "bpe.tiktoken")))))
-    run(f"fineweb.py data=shards tokenizer=bpe.tiktoken val_tokens=100 shard_size=1000 max_tokens={one_file + 500}", tmp_path,
-        env=dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"))
+    n_tokens = sum(map(len, fineweb.tokenize(["file 0"] + TEXT, tokenizer))) + 500
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    run_here("fineweb.py data=shards tokenizer=bpe.tiktoken val_tokens=100 shard_size=1000 "
+             f"max_tokens={n_tokens}", tmp_path)
     server.shutdown()
     server.server_close()
     assert Hub.asked == ["10BT", "000_00000.parquet", "001_00000.parquet"]
-    assert sum(len(np.load(path)) for path in (tmp_path / "shards").glob("*.npy")) == one_file + 500
+    assert sum(map(len, read_shards(tmp_path / "shards"))) == n_tokens
 
 
-# ---- texts and shards that are not as they should be
+# ---- HellaSwag (hellaswag.py)
 
 
-def shard_command(text, data="out", more=""):
-    return f"fineweb.py text={text} data={data} tokenizer=learn vocab_size=300 val_tokens=50 {more}"
-
-
-@pytest.mark.parametrize("name, content, hint", [
-    ("a.txt", "the dog".encode("utf-16"), "not UTF-8"),
-    ("a.txt", "the dog\n".encode("utf-16-le"), "zero bytes"),
-    ("a.txt", "naïve".encode("latin-1"), "not UTF-8"),
-    ("a.jsonl", b'{"text": 5}\n', "row 1: \"text\" is 5, not text"),
-    ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2: not a json object"),
-    ("a.parquet", b"PAR1 half", "not a whole .parquet"),
-    ("a.txt", b"too short", "lower val_tokens="),
-    ("[1].md", b"the dog", "no .txt, .jsonl or .parquet")])
-def test_bad_text_ends_with_one_line_and_leaves_no_shard(name, content, hint, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    assert hint in run(shard_command(name), tmp_path, ok=False)
-    left = os.listdir(tmp_path / "out") if (tmp_path / "out").exists() else []
-    assert not [file for file in left if file != ".lock"]
-
-
-@pytest.mark.parametrize("column", [[b"a dog"], [3], [["a"]]])
-def test_a_parquet_column_that_is_no_text_is_named(column, tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(dict(text=column)), tmp_path / "a.parquet")
-    assert "row 1" in run(shard_command("a.parquet"), tmp_path, ok=False)
-
-
-def test_null_documents_are_left_out_and_marks_are_no_text(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    lines = ['{"text": "a"}', '{"text": null}', "", '{"text": " "}', '{"text": "b"}']
-    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
-    (tmp_path / "[b].txt").write_text("c\n", encoding="utf-8-sig")
-    (tmp_path / "sub.txt").mkdir()
-    table = pyarrow.table(dict(text=["a", None, " ", "b"]))
-    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
-    files = fineweb.text_files(f"{tmp_path}/[b].txt,{tmp_path}")
-    assert [os.path.basename(path) for path in files] == ["[b].txt", "[b].txt", "a.jsonl", "c.parquet"]
-    assert list(fineweb.read_documents(files[1:])) == ["c", "a", "b", "a", "b"]
-
-
-def test_a_million_blanks_in_a_row_are_cut_and_nothing_is_lost():
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
-    document = "the cat" + " " * 1_000_003 + "sat"
-    (tokens,) = fineweb.tokenize([document], tokenizer)
-    assert tokenizer.decode(tokens[1:].tolist()) == document
-
-
-def test_a_folder_of_shards_is_never_mixed(tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(TEXT), encoding="utf-8")
-    (tmp_path / "theirs").mkdir()
-    np.save(tmp_path / "theirs/edufineweb_train_000001.npy", np.zeros(9, np.uint16))
-    assert "another program" in run(shard_command("a.txt", "theirs"), tmp_path, ok=False)
-    run(shard_command("a.txt"), tmp_path)
-    assert "is complete" in run(shard_command("a.txt"), tmp_path)
-    (tmp_path / "a.txt").write_text("\n".join(TEXT[1:]), encoding="utf-8")
-    assert "files of text= have changed" in run(shard_command("a.txt"), tmp_path, ok=False)
-    (tmp_path / "out/progress.json").write_text("")
-    assert "progress.json is damaged" in run(shard_command("a.txt"), tmp_path, ok=False)
-
-
-@pytest.mark.parametrize("content, hint", [
-    ("", "not every byte"), ("YQ== 0\n", "not every byte"), ("YQ 0\n", "padding"), ("a b c\n", "unpack"),
-    ("YQ== 1\n", "0, 1, 2")])
-def test_a_bad_tiktoken_file_is_one_line(content, hint, tmp_path, capsys):
-    (tmp_path / "bad.tiktoken").write_text(content)
-    with pytest.raises(SystemExit):
-        fineweb.get_tokenizer(str(tmp_path / "bad.tiktoken"))
-    assert hint in capsys.readouterr().err
-
-
-def test_a_vocabulary_comes_back_from_its_published_form(tmp_path):
-    text = fineweb.learn_bpe(TEXT, 320)
-    vocab, merges = fineweb.vocab_and_merges(fineweb.get_tokenizer(text))
-    (tmp_path / "vocab.json").write_bytes(vocab)
-    assert fineweb.read_vocab(str(tmp_path)) == text
-    (tmp_path / "vocab.json").write_bytes(b'{"<s>": 0}')
-    with pytest.raises(SystemExit):
-        fineweb.read_vocab(str(tmp_path))
-
-
-@needs_shared
-def test_gpt2s_own_vocabulary_is_known_by_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
-    vocab, _ = fineweb.vocab_and_merges(fineweb.get_tokenizer("gpt2"))
-    (tmp_path / "vocab.json").write_bytes(vocab)
-    assert fineweb.read_vocab(str(tmp_path)) == "gpt2"
-
-
-class Portal(http.server.BaseHTTPRequestHandler):
-    """Answers everything with a web page, as a hotel's network does; or refuses."""
-    status, agents = 200, []
-
-    def do_GET(self):
-        self.agents.append(self.headers["User-Agent"])
-        self.send_response(self.status)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.end_headers()
-        self.wfile.write(b"<html>log in")
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.mark.parametrize("status, hint", [(200, "a web page, not the file"), (403, "answers 403")])
-def test_a_web_page_is_not_kept_as_a_file(status, hint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Portal, "status", status)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Portal)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with pytest.raises(SystemExit):
-        fineweb.download(f"http://127.0.0.1:{server.server_port}/files.json",
-                         str(tmp_path / "files.json"))
-    server.shutdown()
-    server.server_close()
-    said = capsys.readouterr().err
-    assert hint in said and "HF_TOKEN" not in said and not os.listdir(tmp_path)
-    assert "nanocaption" in Portal.agents[-1]
-
-
-# ---- the exam (hellaswag.py)
-
-
-def made_questions(n, block_size=48):
+def made_questions(n):
     rng = np.random.default_rng(0)
-    return [(rng.integers(101, size=rng.integers(1, 20)).tolist(), [rng.integers(101, size=rng.integers(1, 12)).tolist() for _ in range(4)], int(rng.integers(4)))
-            for _ in range(n)]
+
+    def made(longest):
+        return rng.integers(101, size=rng.integers(1, longest)).tolist()
+
+    return [(made(20), [made(12) for _ in range(4)], int(rng.integers(4))) for _ in range(n)]
+
+
+@torch.no_grad()
+def ending_losses(gpt, context, ending):
+    """The loss of each token of an ending, one row at a time."""
+    log_probs = gpt(torch.tensor([context + ending])).log_softmax(-1)[0, len(context) - 1:-1]
+    return -log_probs.gather(1, torch.tensor(ending)[:, None])
 
 
 def test_hellaswag_in_batches_equals_one_row_at_a_time():
     gpt, questions = small_gpt(), made_questions(60)
-    one_by_one = []
+    expected = []
     for context, endings, _ in questions:
-        losses = []
-        for ending in endings:
-            idx = torch.tensor([context + ending])
-            with torch.no_grad():
-                logp = gpt(idx).log_softmax(-1)[0, len(context) - 1:-1]
-            losses.append(-logp.gather(1, torch.tensor(ending)[:, None]).sum().item())
-        one_by_one.append([int(np.argmin(losses)), int(np.argmin([loss / len(ending) for loss, ending in zip(losses, endings)]))])
-    for read in (None, gpt.prefill):
-        assert hellaswag.predict(gpt, questions, read, tokens_at_once=200).tolist() == one_by_one
-    labels = np.array([[label] for *_, label in questions])
-    assert hellaswag.evaluate(gpt, questions, gpt.prefill) == pytest.approx((np.array(one_by_one) == labels).mean(0), abs=1e-6)
+        losses = [ending_losses(gpt, context, ending) for ending in endings]
+        expected.append([int(np.argmin([loss.sum() for loss in losses])),
+                         int(np.argmin([loss.mean() for loss in losses]))])
+    for prefill in (None, gpt.prefill):
+        assert hellaswag.predict(gpt, questions, prefill, tokens_at_once=200).tolist() == expected
+    labels = np.array([[label] for _, _, label in questions])
+    accuracy = (np.array(expected) == labels).mean(0)
+    assert hellaswag.evaluate(gpt, questions, gpt.prefill) == pytest.approx(accuracy, abs=1e-6)
 
 
-QUESTION = dict(ctx="the cat sat on", label=1, endings=["a dog", "the mat", "2 birds , a cat and a dog", "the dog's mat"])
+QUESTION = dict(ctx="the cat sat on", label=1,
+                endings=["a dog", "the mat", "2 birds , a cat and a dog", "the dog's mat"])
 
 
-def test_hellaswag_shows_a_question_and_names_a_bad_line(tmp_path):
-    (tmp_path / "bpe.tiktoken").write_text(fineweb.learn_bpe(TEXT, 320))
-    (tmp_path / "two.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=0)))
-    said = run("hellaswag.py file=two.jsonl tokenizer=bpe.tiktoken number=1", tmp_path)
-    assert "2 questions" in said and "ending 0 (the true one" in said and "'the cat sat on the mat'" in said
-    (tmp_path / "bad.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=4)))
-    assert "line 2" in run("hellaswag.py file=bad.jsonl tokenizer=bpe.tiktoken", tmp_path, ok=False)
+@pytest.fixture
+def questions_file(tmp_path):
+    """questions_file(*changes) -> the path of a file with a question for each, changed so."""
+    def write(*changes):
+        lines = [json.dumps(QUESTION | change) for change in changes]
+        (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+        return str(tmp_path / "questions.jsonl")
+
+    return write
 
 
-def test_long_contexts_lose_their_beginning(tmp_path):
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
-    (tmp_path / "one.jsonl").write_text(json.dumps(QUESTION | dict(ctx="the cat sat on the mat " * 20)))
-    (context, endings, _), = hellaswag.load_questions(str(tmp_path / "one.jsonl"), tokenizer, block_size=32)
-    assert len(context) + max(map(len, endings)) - 1 == 32 and tokenizer.decode(context).endswith("the mat ")
+def test_hellaswag_shows_a_question(learned, questions_file, tmp_path):
+    (tmp_path / "bpe.tiktoken").write_text(learned[1])
+    questions_file({}, dict(label=0))
+    command = "hellaswag.py file=questions.jsonl tokenizer=bpe.tiktoken"
+    said = run_here(f"{command} number=1", tmp_path)
+    assert "2 questions" in said and "ending 0 (the true one" in said
+    assert "'the cat sat on the mat'" in said
+    assert "questions 0 to 1" in run(f"{command} number=2", tmp_path, ok=False)
+
+
+@pytest.mark.parametrize("content, hint", [
+    (json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=4)), "line 2"),
+    (json.dumps(QUESTION | dict(endings=["a"])), "line 1"), (json.dumps(["ctx"]), "line 1"),
+    (json.dumps(QUESTION | dict(ctx=None)), "line 1"), ("", "no question"),
+    (b'{"ctx": "caf\xe9"}', "can't be read as UTF-8"), (None, "Is a directory")])
+def test_hellaswag_names_what_is_no_question(content, hint, learned, tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit):
+        hellaswag.load_questions(str(path), learned[0])
+    said = capsys.readouterr().err
+    assert hint in said and "questions.jsonl" in said
+
+
+def test_long_contexts_lose_their_beginning(learned, questions_file):
+    tokenizer, _ = learned
+    path = questions_file(dict(ctx="the cat sat on the mat " * 20))
+    (context, endings, _), = hellaswag.load_questions(path, tokenizer, block_size=32)
+    assert len(context) + max(map(len, endings)) - 1 == 32
+    assert tokenizer.decode(context).endswith("the mat ")
+
+
+def test_questions_whose_endings_do_not_fit_are_left_out(learned, questions_file, capsys):
+    tokenizer, _ = learned
+    path = questions_file({}, dict(endings=["the cat sat on the mat " * 9] * 4), {})
+    questions = hellaswag.load_questions(path, tokenizer, block_size=16)
+    assert len(questions) == 2 and "1 of 3 questions are left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        hellaswag.load_questions(path, tokenizer, block_size=2)
+    assert "fits into block_size=2" in capsys.readouterr().err
 
 
 @needs_shared
 def test_every_real_question_is_read(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
-    questions = hellaswag.load_questions(os.path.join(SHARED, "text", "hellaswag_val.jsonl"), fineweb.get_tokenizer("gpt2"))
-    assert len(questions) == 10_042 and set(label for *_, label in questions) == {0, 1, 2, 3}
+    path = os.path.join(SHARED, "text", "hellaswag_val.jsonl")
+    questions = hellaswag.load_questions(path, fineweb.get_tokenizer("gpt2"))
+    assert len(questions) == 10_042
+    assert set(label for _, _, label in questions) == {0, 1, 2, 3}
 
 
 # ---- the GPT (train_gpt2.py)
