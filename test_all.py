@@ -6,6 +6,7 @@ uninterrupted run), and the rules of the house. What needs real data runs where 
 """
 import concurrent.futures
 import copy
+import dataclasses
 import functools
 import http.server
 import importlib.util
@@ -605,6 +606,19 @@ def test_top_k_and_stop():
     stop = int(best[0])
     rows = gpt.generate(start, 30, stop=stop).tolist()
     assert all(set(row[row.index(stop, 1):]) == {stop} for row in rows if stop in row[1:])
+
+
+def test_the_gpt_can_be_copied_into_a_notebook():
+    with open(train_gpt2.__file__) as f:
+        piece = f.read().split("# GPT-2 WITH A KV CACHE")[1].split("# THE LOSS WITHOUT")[0]
+    cells = dict(torch=torch, nn=torch.nn, F=F, math=math, dataclass=dataclasses.dataclass,
+                 __name__="notebook")
+    exec("# " + piece, cells)
+    copied = cells["GPT"](cells["GPTConfig"](48, 101, 4, 4, 32)).eval()
+    ours, idx = small_gpt(), torch.randint(0, 101, (2, 9))
+    copied.load_state_dict(ours.state_dict())
+    assert torch.equal(copied(idx), ours(idx))
+    assert torch.equal(copied.generate(idx, 5, seed=1), ours.generate(idx, 5, seed=1))
 
 
 def test_too_long_a_text_is_refused():
