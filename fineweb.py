@@ -91,20 +91,18 @@ def read_settings(source):
     lines = source.splitlines()
     settings = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.AnnAssign):
-            name = ast.unparse(node.target)
-        elif isinstance(node, ast.Assign):
-            name = ast.unparse(node.targets[0])
-        else:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
+        is_annotated = isinstance(node, ast.AnnAssign)
+        name = ast.unparse(node.target if is_annotated else node.targets[0])
         try:
             default = ast.literal_eval(node.value)
-        except ValueError:
+        except ValueError:  # an expression
             continue
         is_plain = isinstance(default, (int, float, str, type(None)))
         if not (is_plain and name.isidentifier() and name.islower()):
             continue
-        kind = kinds[node.annotation.id] if isinstance(node, ast.AnnAssign) else type(default)
+        kind = kinds[node.annotation.id] if is_annotated else type(default)
         # ast counts bytes, not letters
         rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:]
         comment = rest.decode().strip(" #")
@@ -122,9 +120,12 @@ def parse_value(text, kind):
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     with suppress(ValueError):
-        return int(text) if kind is int else float(text)
-    with suppress(ValueError):  # max_tokens=1e9
-        return int(float(text)) if float(text).is_integer() else None
+        return kind(text)
+    with suppress(ValueError):
+        number = float(text)
+        if number.is_integer():  # max_tokens=1e9
+            return int(number)
+    return None
 
 
 def parse_setting(name, text, setting):
@@ -156,14 +157,13 @@ def parse_setting(name, text, setting):
 def configure(module, preset=None, positional=()):
     """
     Sets the settings of the calling script, whose `globals()` are `module`, and returns them as a
-    dict. The command line, `name=value` or `--name=value`, wins over what `preset` returns, and
-    that over the defaults in the script's text (read_settings shows how they are written).
+    dict. It starts from the defaults in the script's text (read_settings shows how to write them).
+    What `preset` returns replaces these, and the command line, `name=value` or `--name=value`,
+    replaces both. A wrong name or value ends the run with one line; --help prints all settings.
 
-    preset(typed) -> {name: value}, where typed is {name: value} of the command line
-    positional: the names that words without "=" are given to, in order
-    RENAMED in the script: {old name: new name}
-
-    A wrong name or value ends the run with one line; --help prints all settings.
+    preset(typed) -> {name: value}; typed is {name: value} of the command line
+    positional: the names of words without "=", in order
+    RENAMED, in the script: {old name: new name}
     """
     # a terminal that lacks a letter shows "?" for it: that must not end a run
     for stream in (sys.stdout, sys.stderr):
@@ -216,9 +216,9 @@ def print_settings(config):
 
 def save_atomically(path, write):
     """
-    `write(file)` fills a temporary file, which is flushed to the disk and then takes its name in
-    one step: a reader never meets half a file, not even after a power cut. If writing fails, the
-    run ends with one line, and what was at `path` before is still there.
+    `write(file)` fills a temporary file, which is flushed to the disk and then gets its name in one
+    step: nobody reads half a file, not even after a power cut. If writing fails, the run ends with
+    one line, and what was at `path` before is still there.
     """
     try:
         with open(path + ".tmp", "wb") as f:
@@ -390,21 +390,22 @@ def get_tokenizer(source="gpt2"):
         except Exception as problem:  # tiktoken passes on whatever its download raises
             die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): "
                 "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
-    name, lines = "the tokenizer", source.splitlines()
-    if "\n" not in source:
-        if not os.path.isfile(source):
-            die(f"tokenizer {source}: gpt2, or a .tiktoken file, and there is no such file")
-        name, lines = source, [line for _, line in read_lines(source)]
+    if "\n" in source:
+        lines = source.splitlines()
+    elif os.path.isfile(source):
+        lines = [line for _, line in read_lines(source)]
+    else:
+        die(f"tokenizer {source}: gpt2, or a .tiktoken file, and there is no such file")
     try:
         pairs = [line.split() for line in lines]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         ranks = {}
-    # every text can be written with the 256 bytes, and the id after the last is <|endoftext|>
+    # with all 256 bytes every text has tokens; <|endoftext|> gets the id after the last
     single_bytes = {bytes([b]) for b in range(256)}
     if set(ranks.values()) != set(range(len(ranks))) or not single_bytes <= ranks.keys():
-        die(f"{name} is not a .tiktoken file: a line for each token, its bytes in base64 and its "
-            "id, with all 256 single bytes and no gap in the ids")
+        die(f"{source[:200]!r} is not a .tiktoken file: each line has a token's bytes in base64 "
+            "and its id; all 256 single bytes are there, and the ids have no gap")
     return tiktoken.Encoding(
         "learned", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 

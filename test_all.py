@@ -260,6 +260,23 @@ def test_one_process_writes_a_folder(tmp_path):
     assert os.listdir(tmp_path / "new") == [".lock"]
 
 
+@pytest.fixture
+def serve():
+    """serve(handler) -> the address of a web server on this machine, until the test ends."""
+    servers = []
+
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 class Flaky(http.server.BaseHTTPRequestHandler):
     """Serves BODY, after a 503, a cut connection, and a lie about the length; honours Range."""
     BODY, asked = random.Random(0).randbytes(300_000), []
@@ -285,14 +302,10 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def flaky(monkeypatch):
+def flaky(serve, monkeypatch):
     monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
     Flaky.asked.clear()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    return serve(Flaky)
 
 
 def test_download_goes_on_where_it_was_cut(flaky, tmp_path):
@@ -324,6 +337,7 @@ class Answer(http.server.BaseHTTPRequestHandler):
         self.send_response(self.STATUS)
         self.send_header("Content-Type", self.TYPE)
         self.send_header("Content-Length", len(self.BODY))
+        self.send_header("Retry-After", "7")
         self.end_headers()
         self.wfile.write(self.BODY)
 
@@ -331,37 +345,49 @@ class Answer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.parametrize("name, status, content_type, body, hint", [
-    ("model.safetensors", 200, "text/html; charset=utf-8", b"<html>Welcome", "a web page"),
-    ("files.json", 200, "text/html", b"<html>Welcome", "a web page"),
-    ("files.json", 200, "", b"Please log in", "not json"),
-    ("photo.jpg", 403, "", b"", "403")])
-def test_download_keeps_no_page_of_a_hotel(name, status, content_type, body, hint, tmp_path,
-                                           monkeypatch, capsys):
-    monkeypatch.setattr(Answer, "STATUS", status)
-    monkeypatch.setattr(Answer, "TYPE", content_type)
-    monkeypatch.setattr(Answer, "BODY", body)
-    monkeypatch.setenv("HF_TOKEN", "secret")
+@pytest.fixture
+def refused(serve, tmp_path, monkeypatch, capsys):
+    """refused(name, status, type, body) -> the line that ends the download of this answer."""
+    address = serve(Answer)
     Answer.headers_sent.clear()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    # an address that only begins as the hub's does gets no token, and no advice about one
-    monkeypatch.setenv("HF_ENDPOINT", address[:-1])
-    with pytest.raises(SystemExit):
-        fineweb.download(f"{address}/{name}", str(tmp_path / name))
-    said = capsys.readouterr().err
-    assert hint in said and "HF_TOKEN" not in said and os.listdir(tmp_path) == []
-    headers, = Answer.headers_sent
-    assert headers["User-Agent"].startswith("nanocaption") and "Authorization" not in headers
-    if status == 403:
-        monkeypatch.setenv("HF_ENDPOINT", address)
+
+    def download(name, status, content_type="", body=b"", tries=8, hub="https://huggingface.co"):
+        monkeypatch.setattr(Answer, "STATUS", status)
+        monkeypatch.setattr(Answer, "TYPE", content_type)
+        monkeypatch.setattr(Answer, "BODY", body)
+        monkeypatch.setenv("HF_ENDPOINT", hub or address)
+        monkeypatch.setenv("HF_TOKEN", "secret")
         with pytest.raises(SystemExit):
-            fineweb.download(f"{address}/{name}", str(tmp_path / name))
-        assert "HF_TOKEN" in capsys.readouterr().err
-        assert Answer.headers_sent[1]["Authorization"] == "Bearer secret"
-    server.shutdown()
-    server.server_close()
+            fineweb.download(f"{address}/{name}", str(tmp_path / name), tries)
+        assert not os.listdir(tmp_path)
+        return capsys.readouterr().err
+
+    download.address = address
+    return download
+
+
+def test_download_keeps_no_login_page(refused):
+    assert "a web page" in refused("model.safetensors", 200, "text/html; charset=utf-8", b"<html>")
+    assert "a web page" in refused("files.json", 200, "text/html", b"<html>Welcome")
+    assert "not json" in refused("files.json", 200, "", b"Please log in")
+
+
+def test_the_token_is_for_the_hub_only(refused):
+    # the second address only begins as the hub's does
+    for other in "https://huggingface.co", refused.address[:-1]:
+        said = refused("photo.jpg", 403, hub=other)
+        assert "403" in said and "HF_TOKEN" not in said
+        headers = Answer.headers_sent.pop()
+        assert headers["User-Agent"].startswith("nanocaption") and "Authorization" not in headers
+    assert "HF_TOKEN" in refused("photo.jpg", 403, hub=None)
+    assert Answer.headers_sent.pop()["Authorization"] == "Bearer secret"
+
+
+def test_download_waits_as_long_as_the_server_asks(refused, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(fineweb.time, "sleep", pauses.append)
+    assert "429" in refused("file", 429, tries=5)
+    assert pauses == [7, 7, 7, 8]
 
 
 TEXT = ["the cat sat on the mat", "a dog , a cat and 2 birds", "naïve café ☕", "the dog's mat"] * 40
@@ -410,10 +436,6 @@ def read_shards(folder):
     return [np.load(path) for path in paths]
 
 
-class Killed(Exception):
-    pass
-
-
 def kill_at_save(n, monkeypatch):
     """The n-th file that fineweb.py writes from here on is not written: the process ends there."""
     save, calls = os.replace, []
@@ -441,20 +463,22 @@ def test_shards_hold_every_document_opened_by_eot(tmp_path):
     assert np.concatenate(shards).tolist() == expected
 
 
-@pytest.mark.parametrize("sizes, n_last", [
-    ("shard_size=110 max_tokens=320", 110), ("shard_size=1000", None)])
-def test_shards_survive_a_kill_at_any_file(sizes, n_last, tmp_path, monkeypatch):
+# the saves are: progress, tokenizer, shard 0, progress, shard 1, progress, shard 2, progress
+@pytest.mark.parametrize("sizes, saves", [
+    ("shard_size=110 max_tokens=320", range(1, 9)), ("shard_size=1000", [4, 7])])
+def test_shards_survive_a_kill_at_any_file(sizes, saves, tmp_path, monkeypatch):
     words = f"vocab_size=257 val_tokens=100 {sizes}"
     make_shards(tmp_path, f"data=whole {words}")
     whole = read_shards(tmp_path / "whole")
-    assert len(whole) >= 3 and (len(whole[-1]) == n_last or n_last is None)
-    for n in range(1, 9):  # progress, tokenizer, shard 0, progress, shard 1, progress, ...
+    assert len(whole) >= 3
+    for n in saves:
         with monkeypatch.context() as patch:
             kill_at_save(n, patch)
             with pytest.raises(Killed):
                 make_shards(tmp_path, f"data=cut{n} {words}")
         make_shards(tmp_path, f"data=cut{n} {words}")
-        assert all(map(np.array_equal, read_shards(tmp_path / f"cut{n}"), whole))
+        again = read_shards(tmp_path / f"cut{n}")
+        assert len(again) == len(whole) and all(map(np.array_equal, again, whole))
         assert (tmp_path / f"cut{n}/progress.json").read_text() == (
             tmp_path / "whole/progress.json").read_text()
 
@@ -681,7 +705,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_fineweb_downloads_no_more_than_it_needs(learned, tmp_path, monkeypatch):
+def test_fineweb_downloads_no_more_than_it_needs(learned, serve, tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for n in range(3):
         table = pa.BufferOutputStream()
@@ -689,14 +713,10 @@ def test_fineweb_downloads_no_more_than_it_needs(learned, tmp_path, monkeypatch)
         Hub.FILES[f"{n:03d}_00000.parquet"] = table.getvalue().to_pybytes()
     tokenizer, tiktoken_text = learned
     (tmp_path / "bpe.tiktoken").write_text(tiktoken_text)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     n_tokens = sum(map(len, fineweb.tokenize(["file 0"] + TEXT, tokenizer))) + 500
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_ENDPOINT", serve(Hub))
     run_here("fineweb.py data=shards tokenizer=bpe.tiktoken val_tokens=100 shard_size=1000 "
              f"max_tokens={n_tokens}", tmp_path)
-    server.shutdown()
-    server.server_close()
     assert Hub.asked == ["10BT", "000_00000.parquet", "001_00000.parquet"]
     assert sum(map(len, read_shards(tmp_path / "shards"))) == n_tokens
 
