@@ -2569,6 +2569,45 @@ def test_image_mode_needs_the_checkpoint_alone(trained, tmp_path, server):
     assert "judged.json" in run(f"train_caption.py image={server}/judged.json", tmp_path, ok=False)
 
 
+def test_a_folder_of_pictures_is_captioned_but_for_the_broken_ones(trained, tmp_path):
+    for name in ("a,b.png", "fine.jpg"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "._fine.jpg").write_bytes(b"macOS writes such files")
+    (tmp_path / "film.mpg").write_bytes(b"film")
+    (tmp_path / "folder.png").mkdir()
+    words = f"image={tmp_path} init_from=out/caption_whole device=cpu"
+    done = subprocess.run([sys.executable, os.path.join(REPO, "train_caption.py"), *words.split()], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 2 and "1 could not be captioned" in done.stderr and "broken.jpg" in done.stderr
+    assert "a,b.png: " in done.stdout and "fine.jpg: " in done.stdout and "film" not in done.stdout
+    names = f"{tmp_path}/a,b.png,{tmp_path}/fine.jpg,http://h/a.png?w=1,h=2,{tmp_path}/fine.jpg"
+    assert train_caption.split_names(names) == [f"{tmp_path}/a,b.png", f"{tmp_path}/fine.jpg", "http://h/a.png?w=1,h=2", f"{tmp_path}/fine.jpg"]
+
+
+def test_the_best_checkpoint_is_scored_and_a_run_is_never_trained_over(trained):
+    folder = trained / "out/caption_whole"
+    last, best = (train_gpt2.load_checkpoint(str(folder / name)) for name in ("ckpt.pt", "best.pt"))
+    cider_by_step = {row["step"]: row["CIDEr"] for row in train_gpt2.read_log(folder / "log.csv") if row["CIDEr"] is not None}
+    results = json.loads((folder / "results.json").read_text())
+    assert last["step"] == 8 and results["step"] == best["step"] == max((4, 8), key=cider_by_step.get)
+    assert results["CIDEr"] == pytest.approx(cider_by_step[best["step"]], rel=1e-6) == best["best"]
+    before = {name: (folder / name).stat().st_mtime_ns for name in os.listdir(folder) if name != ".lock"}
+    assert "init_from=resume" in run(f"{CAPTION_RUN} out_dir=out/caption_whole", trained, ok=False)
+    for words in ("image=", "image=None", "split=train2017"):
+        run(f"{CAPTION_RUN} out_dir=out/caption_whole {words}", trained, ok=False)
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}
+
+
+def test_features_that_overflow_end_the_run_before_a_save(trained):
+    data = trained / "hot"
+    shutil.copytree(trained / "shapes", data)
+    for split in coco.SPLITS:
+        path = data / f"features/patches_{split}.npy"
+        np.save(path, np.load(path) * 60000.0)  # finite in float16, and far too large
+    command = f"{CAPTION_RUN.replace('data=shapes', 'data=hot')} out_dir=hot_run learning_rate=1e30 fusion=linear"
+    assert "step " in run(command, trained, ok=False) and not (trained / "hot_run/results.json").exists()
+
+
 @needs_shared
 def test_gpt_from_the_hub_a_folder_or_a_file(trained):
     gpt = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16))
