@@ -1341,7 +1341,7 @@ def results_table(rows):
         lines.append(
             f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | "
             f"{r['seconds_per_step']:>6.2f} | {100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} "
-            f"{r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
+            f"| {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
         )
     return "\n".join(lines)
 
@@ -1548,7 +1548,7 @@ if __name__ == "__main__":
     if memory:
         report_memory(device)
         sys.exit(0)
-    is_demo = data == DEMO["data"] and paligemma == DEMO["paligemma"]
+    is_demo = compare and data == DEMO["data"] and paligemma == DEMO["paligemma"]
     if is_demo and init_from == "scratch":
         prepare_demo(seed, max_steps)
     data_name = os.path.basename(os.path.normpath(data or "zero-shot"))
