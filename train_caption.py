@@ -544,7 +544,7 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=
     maps = []
     model.hidden(idx, model.encode_image(features), attention_maps=maps)
     maps = torch.stack(maps).float().cpu()  # (blocks, B, T, S)
-    best = maps.std(2).mean((1, 2)).argmax()
+    best = maps.std(2, correction=0).mean((1, 2)).argmax()
     side = math.isqrt(maps.shape[-1])
     height, width = grid or (side, side)
     captions = truncate_at_eos(tokens, tokenizer)
