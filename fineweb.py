@@ -34,7 +34,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import count, islice
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +75,6 @@ def die(message):
 class Setting(NamedTuple):
     default: object
     kind: type          # int, float, str or bool
-    rule: str           # ">= 1", "> 0, <= 1", "one of a | b", or "" if every value is right
     comment: str
 
 
@@ -84,8 +83,11 @@ def read_settings(source):
     The settings in the text of a script, {name: Setting}. A setting is a lowercase variable at
     module level whose value is a number, a string, True, False or None:
 
-        name = default          # rule: comment
-        name: int = None        # the type of a setting without a default value; a rule is optional
+        name = default      # rule: comment
+        name: int = None    # the type of a setting without a default value
+
+    The rule says what the setting accepts: `>= 1`, `> 0, <= 1`, `one of a | b`. Without one it
+    accepts every value of its type.
     """
     kinds = {"int": int, "float": float, "str": str, "bool": bool}
     lines = source.splitlines()
@@ -105,11 +107,7 @@ def read_settings(source):
         kind = kinds[node.annotation.id] if is_annotated else type(default)
         # ast counts bytes, not letters
         rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:]
-        comment = rest.decode().strip(" #")
-        rule = re.split("[:;]", comment)[0]
-        if not rule.startswith(("one of ", "<", ">")):
-            rule = ""
-        settings[name] = Setting(default, kind, rule, comment)
+        settings[name] = Setting(default, kind, rest.decode().strip(" #"))
     return settings
 
 
@@ -130,7 +128,7 @@ def parse_value(text, kind):
 
 def parse_setting(name, text, setting):
     """The value that `name=text` gives; ends the run if the setting does not accept it."""
-    default, kind, rule, _ = setting
+    default, kind, comment = setting
     if text == "None" and default is None and kind is not str:
         return None
     if text in ("", "None"):
@@ -139,14 +137,16 @@ def parse_setting(name, text, setting):
     if value is None or (kind is float and not math.isfinite(value)):
         what = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         die(f"{name}={text}: {name} takes {what}")
+    rule = re.split("[:;]", comment)[0]
     if rule.startswith("one of "):
         choices = rule.removeprefix("one of ").split(" | ")
         if value not in choices:
             die(f"{name}={text}: {name} is one of {', '.join(choices)}")
-    compare = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-    for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", rule):
-        if not compare[sign](value, float(bound)):
-            die(f"{name}={text}: {name} must be {rule}")
+    if rule.startswith(("<", ">")):
+        compare = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+        for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", rule):
+            if not compare[sign](value, float(bound)):
+                die(f"{name}={text}: {name} must be {rule}")
     if name in ("data", "out_dir", "export"):
         for path in value.split(","):
             if os.path.lexists(path) and not os.path.isdir(path):
@@ -311,9 +311,9 @@ def fetch(url, part):
             done = 0
         length = response.headers.get("Content-Length")
         total = done + int(length) if length else None
-        name = os.path.basename(part)
-        with (open(part, "ab" if done else "wb") as f,
-              tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=name) as bar):
+        bar = tqdm(desc=os.path.basename(part), total=total, initial=done, unit="B",
+                   unit_scale=True, mininterval=1)
+        with bar, open(part, "ab" if done else "wb") as f:
             for chunk in response.iter_content(2**16):
                 f.write(chunk)
                 bar.update(len(chunk))
@@ -335,39 +335,39 @@ def download(url, path, tries=8):
 
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
-    may_pass = (requests.HTTPError, requests.ConnectionError, requests.Timeout,
-                requests.exceptions.ChunkedEncodingError)
     for attempt in range(tries):
         pause = 2**attempt
         try:
             fetch(url, part)
             break
-        except may_pass as problem:
+        except requests.HTTPError as problem:
+            response = problem.response
+            status = response.status_code
+            what = f"the server says {status} {response.reason}"
+            if status in (401, 403) and url.startswith(hub() + "/"):
+                what += "; if it asks for a licence, accept it there and set HF_TOKEN"
+            if status < 500 and status != 429:
+                die(f"{url}: {what}")
+            retry_after = response.headers.get("Retry-After", "")
+            if retry_after.isdigit():
+                pause = max(pause, min(int(retry_after), 300))
+        except (requests.ConnectionError, requests.Timeout,
+                requests.exceptions.ChunkedEncodingError) as problem:
             what = f"no answer ({type(problem).__name__})"
-            if isinstance(problem, requests.HTTPError):
-                status = problem.response.status_code
-                what = f"the server says {status} {problem.response.reason}"
-                if status in (401, 403) and url.startswith(hub() + "/"):
-                    what += "; if it asks for a licence, accept it there and set HF_TOKEN"
-                if status < 500 and status != 429:
-                    die(f"{url}: {what}")
-                retry_after = problem.response.headers.get("Retry-After", "")
-                if retry_after.isdigit():
-                    pause = max(pause, min(int(retry_after), 300))
         except OSError as problem:  # a malformed address, or a full disk
-            die(f"{url} could not be written to {part}: {problem}")
+            die(f"{url} can't be fetched into {part}: {problem}")
         if attempt == tries - 1:
             die(f"could not download {url}: {what}, {tries} times. Run the same command again to "
                 f"continue, or put the file at {path} yourself")
         print(f"{what}; trying again in {pause} s ({url})", flush=True)
         time.sleep(pause)
     if path.endswith(".json"):
-        with open(part, encoding="utf-8") as f:
-            try:
+        try:
+            with open(part, encoding="utf-8") as f:
                 json.load(f)
-            except ValueError:
-                os.remove(part)
-                die(f"{url}: what came is not json")
+        except ValueError:
+            os.remove(part)
+            die(f"{url}: what came is not json")
     os.replace(part, path)
     return path
 
@@ -554,9 +554,11 @@ def read_parquet(path):
         file = pyarrow.parquet.ParquetFile(path)
         if "text" not in file.schema_arrow.names:
             die(f'{path} has no column "text"')
-        rows = count(1)
+        number = 0
         for batch in file.iter_batches(1024, columns=["text"]):
-            yield from zip(rows, batch.column("text").to_pylist())
+            for text in batch.column("text").to_pylist():
+                number += 1
+                yield number, text
     except (pyarrow.ArrowException, OSError, ValueError) as problem:
         die(f"{path} is not a whole .parquet file ({str(problem).splitlines()[0]})")
 
@@ -568,7 +570,7 @@ def read_documents(paths):
         read = readers[os.path.splitext(path)[1]]
         for number, document in read(path):
             if not isinstance(document, str):
-                die(f'{path}: document {number} is not a json object or row with a string "text"')
+                die(f'{path}, line or row {number}: there is no "text" that is a string')
             yield document
 
 
@@ -636,7 +638,7 @@ def fill_shards(documents, progress):
     """
     Joins the tokens of documents and cuts them into shards. Yields (shard, position, is_last). The
     position is {documents, offset}: the shards so far hold that many whole documents, and `offset`
-    tokens of the next. Until a token comes after a shard, nobody knows whether it is the last.
+    tokens of the next. A full shard waits for the next token, which says that it is not the last.
     """
     n_documents, offset = progress["documents"], progress["offset"]
     left = max_tokens - progress["tokens"] if max_tokens else math.inf

@@ -163,7 +163,7 @@ def run_here(command, cwd, ok=True):
 SETTINGS = """
 steps = 10                  # >= 1: of training
 rate = 0.1                  # > 0, <= 2: how fast
-name = "é"                  # the letter before this takes two bytes
+name = "éèêëéèêë"  # these letters are of two bytes
 kind = "x"                  # one of x | y-z: which
 flag = False
 limit: int = None           # >= 3: None = no limit
@@ -203,7 +203,7 @@ def test_configure_takes_types_as_python_writes_them(configured):
     assert configured("limit=None")["limit"] is None
     assert configured(f"steps={2**60 + 1}")["steps"] == 2**60 + 1
     comment = fineweb.read_settings(SETTINGS)["name"].comment
-    assert comment == "the letter before this takes two bytes"
+    assert comment == "these letters are of two bytes"
 
 
 def test_configure_argv_beats_preset_and_bare_words_fill_positions(configured):
@@ -308,11 +308,13 @@ def flaky(serve, monkeypatch):
     return serve(Flaky)
 
 
-def test_download_goes_on_where_it_was_cut(flaky, tmp_path):
+def test_download_goes_on_where_it_was_cut(flaky, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
     path = fineweb.download(f"{flaky}/file", str(tmp_path / "new" / "file"))
     assert open(path, "rb").read() == Flaky.BODY
     # 503; cut; cut, and a lie about the length; the rest
-    assert Flaky.asked == [0, 0, 65_536, 131_072]
+    assert Flaky.asked == [0, 0, 65_536, 131_072] and len(flushed) == 1
     assert os.listdir(tmp_path / "new") == ["file"]
 
 
@@ -412,7 +414,7 @@ BYTES = fineweb.learn_bpe([], 300)
 
 
 @pytest.mark.parametrize("content", [
-    "", "\n", BYTES[:-5], BYTES.replace("QQ== 65\n", ""), BYTES.replace("QQ==", "!!!!"),
+    "", "\n", BYTES[:-5], BYTES.replace("QQ== 65\n", ""), BYTES + "!!!! 256\n",
     BYTES + "no rank\n", BYTES + "YWI= 300\n", BYTES.encode("utf-16")])
 def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path, capsys):
     content = content if isinstance(content, bytes) else content.encode()
@@ -574,7 +576,10 @@ def test_documents_of_every_kind_of_file(tmp_path, capsys):
         said = capsys.readouterr().err
         assert name in said and said.count("\n") == 2, said
         if name.endswith(("jsonl", "null.parquet")) and "latin" not in name:
-            assert "document 2" in said
+            assert "line or row 2:" in said
+    with pytest.raises(SystemExit):
+        read("late.parquet", dict(text=["a"] * 3000 + [None]))
+    assert "line or row 3001:" in capsys.readouterr().err
     # a file that is damaged in the middle
     pq.write_table(pa.table(dict(text=[str(n) * 50 for n in range(5000)])), tmp_path / "b.parquet")
     content = bytearray((tmp_path / "b.parquet").read_bytes())
