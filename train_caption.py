@@ -27,7 +27,8 @@ The defaults are the published recipes on COCO 2017 with GPT-2 124M and CLIP ViT
 CIDEr 57.1 / 55.9 / 47.8 for a gated block before every layer, every 2nd, every 4th; about 12 for
 linear; 35.0 for qformer (by their protocol, which `single_reference=True` adds to ours).
 Writes out_dir/{ckpt.pt, best.pt, log.csv, results.json, captions_val2017.json, curves.png,
-captions.png, best_worst.png, attention.png}. best.pt is the checkpoint with the highest CIDEr.
+captions.png, best_worst.png, attention.png}. best.pt is the checkpoint with the highest CIDEr (of
+drawn scenes: with the most captions that are right in every word).
 """
 import functools
 import glob
@@ -44,6 +45,7 @@ import tempfile
 import textwrap
 import time
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -56,9 +58,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fineweb import configure, die, download, get_tokenizer, lock_folder, print_settings
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_search,
                         check_finite, curve, decode, finish, get_lr, load_checkpoint, load_model,
-                        load_weights, local_main_process_first, make_optimizers, optimizer_step, plot,
-                        pyplot, read_log, resume_optimizers, save_run, setup, start_wandb, stop_signals,
-                        warn_changed)
+                        load_weights, local_main_process_first, make_optimizers, optimizer_step,
+                        plot, pyplot, read_log, resume_optimizers, save_run, setup, start_wandb,
+                        stop_signals, warn_changed)
 from cider import document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
                   open_image, save_json, splits_of, warn_overlap)
@@ -70,7 +72,7 @@ data: str = None            # folder in COCO's layout; None = data/coco2017, or 
 out_dir: str = None         # where the run goes; None = out/caption_{data}_{fusion}
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | another run (its folder or file)
 eval_only = False           # with init_from=resume: score and draw the best checkpoint of the run
-gpt = "gpt2"                # the frozen GPT: gpt2, gpt2-medium, ... | a folder, a .safetensors, a .pt
+gpt = "gpt2"                # the frozen GPT: gpt2, gpt2-medium, ... | a folder, .safetensors, .pt
 encoder = "ViT-B-32"        # the frozen image encoder whose features coco.py wrote
 split = "val2017"           # held-out pictures: val2017, or test2017 where the data set has it
 fusion = "xattn"            # one of xattn | linear | qformer | all: all trains and compares them
@@ -111,7 +113,7 @@ PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_dec
 # The demo on drawn scenes: what is trained where there is no COCO and data= is not typed.
 DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64,
             optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
-            beta2=0.95, dropout=0.0, max_steps=360, eval_interval=360, log_interval=20)
+            beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
 # What a run takes over from the run that it starts from, and what a resumed run takes over.
 INHERITED = ("data gpt encoder fusion every n_query dropout shuffle batch_size max_length "
              "optimizer weight_decay beta2").split()
@@ -325,6 +327,11 @@ class TokenizedCaptions:
         self.flat = torch.tensor([token for row in rows for token in row])
         self.start = np.cumsum([0] + [len(row) for row in rows])
         self.of_image = np.cumsum([0] + [len(of_image) for of_image in captions])
+
+    def count(self, numbers):
+        """The number of targets of some captions: all tokens but BOS."""
+        numbers = np.array(numbers)
+        return int((self.start[numbers + 1] - self.start[numbers] - 1).sum())
 
     def batch(self, numbers, device):
         """Captions by number -> idx, targets (R, T), padded to the longest; padding is -100."""
@@ -568,9 +575,14 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=
     plt.close(fig)
 
 
-def draw_results(folder, model, features, files, candidates, references, cider, tokenizer,
-                 max_length, metadata, process):
-    """captions.png, best_worst.png and, for xattn, attention.png: see the README."""
+def draw_results(folder, model, features, files, result, references, tokenizer, max_length,
+                 metadata, process):
+    """
+    captions.png: pictures spread over the split; best_worst.png: those with the highest and the
+    lowest CIDEr; for xattn attention.png, of three of the best. result: an Evaluation.
+    """
+    candidates, cider = result.captions, result.cider
+
     def titles(numbers, with_score):
         lines = []
         for i in numbers:
@@ -589,8 +601,10 @@ def draw_results(folder, model, features, files, candidates, references, cider, 
     n = min(6, len(files) // 2)
     draw("best_worst.png", [*ranking[:n], *ranking[len(ranking) - n:]], True)
     if model.fusion == "xattn":
-        different = {}  # the best picture of each caption
-        for i in ranking:
+        # of the better half, three long captions that differ
+        better = sorted(ranking[:len(ranking) // 2 + 1], key=lambda i: -len(candidates[i].split()))
+        different = {}
+        for i in better:
             different.setdefault(candidates[i], i)
         numbers = np.array(list(different.values())[:3])
         pictures = [open_image(files[i]) for i in numbers]
@@ -765,6 +779,8 @@ def prepare_demo(config):
          f"data/shapes/features/{encoder}_val2017.npy",
          f"coco.py data=data/shapes encoder={encoder}"),
     ]
+    if all(os.path.exists(result) for _, result, _ in stages):
+        return
     print("There is no COCO here (`python coco.py` downloads it to data/coco2017): this is a demo "
           "on drawn scenes.\nEach stage is a command that you could type yourself; what exists "
           "already is not made again.", flush=True)
@@ -781,11 +797,14 @@ def prepare_demo(config):
     print(f"\n[5/5] train the fusion module\n\n$ python train_caption.py {typed}", flush=True)
 
 
-def compare_variants(folder, words, split):
+def compare_variants(folder, chosen, split):
     """
     Trains every variant by a command of its own, in folders inside `folder`, and compares their
-    scores and curves. Finished variants are kept, interrupted ones resumed.
+    scores and curves. Finished variants are kept, interrupted ones resumed. chosen: settings that
+    stand before what was typed.
     """
+    words = [f"{k}={v}" for k, v in chosen.items()]
+    words += [word for word in sys.argv[1:] if not word.startswith(("fusion=", "out_dir="))]
     rows, curves = [], {"perplexity": {}, "CIDEr": {}}
     for fusion, every in VARIANTS:
         run_dir = f"{folder}/{fusion}{every if fusion == 'xattn' else ''}"
@@ -847,25 +866,180 @@ def preset(typed):
     return chosen
 
 
-def print_results(folder, results, table, candidates, references, n_scenes):
+# --------------------------------------------------------------------------------------------------
+# the parts of a run, in the order of use
+
+
+def check_settings(config, process):
+    """Refuses settings that do not go together."""
+    c = config
+    if c["num"] > c["beam"] and (c["beam"] > 1 or c["temperature"] == 0):
+        die(f"num={c['num']} different captions of a picture need temperature > 0, or "
+            f"beam={c['num']}")
+    if c["eval_only"] and c["init_from"] != "resume":
+        die("eval_only=True evaluates a trained run: add init_from=resume")
+    if c["scst"] and c["init_from"] == "scratch":
+        die("scst=True goes on from a trained run: name it with init_from=out/...")
+    if c["split"] == "train2017":
+        die("split=train2017 is trained on, not held out: val2017 or test2017")
+    if c["fusion"] == "all" and process.world_size > 1:
+        die("fusion=all trains the variants one after the other: start it without torchrun")
+    if c["batch_size"] % process.world_size:
+        die(f"batch_size={c['batch_size']} pictures cannot be divided among {process.world_size} "
+            "processes")
+
+
+def find_run(out_dir, init_from):
+    """The run that image= uses: out_dir, else init_from, else the newest one."""
+    if out_dir:
+        return out_dir
+    if init_from not in ("scratch", "resume"):
+        return init_from
+    runs = map(os.path.dirname, glob.glob("out/caption_*/**/ckpt.pt", recursive=True))
+    runs = [run for run in runs if "_shuffled" not in run]
+    if not runs:
+        die("image= needs a trained run: `python train_caption.py` trains one")
+    return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "ckpt.pt")))
+
+
+def load_split(data, encoder, split, shuffle, seed):
+    """A split's images, their captions, features and the features' metadata."""
+    images, captions = load_captions(data, split)
+    features, metadata = load_features(data, encoder, split, images)
+    if shuffle:
+        features = np.random.default_rng(seed).permutation(features)
+    return images, captions, features, metadata
+
+
+def move_if_it_fits(features, device, scst):
+    """All of COCO's features are 9 GB: on a card with room for them, no loader is needed."""
+    if "cuda" not in device:
+        return features
+    # scst needs memory itself, for its samples
+    room = torch.cuda.mem_get_info(device)[0] * (0.25 if scst else 0.5)
+    return torch.from_numpy(features[:]).to(device) if features.nbytes < room else features
+
+
+def load_model_to_train(config, width, weights, process):
+    """
+    -> a Captioner, its tokenizer ("gpt2" or the text of a .tiktoken file), and the checkpoint that
+    it comes from, if any. width, weights: of the image features.
+    """
+    init_from, out_dir = config["init_from"], config["out_dir"]
+    if init_from == "scratch":
+        with local_main_process_first(process):
+            gpt_model, tokenizer, _ = load_model(config["gpt"])
+        model = Captioner(gpt_model, config["fusion"], config["every"], width, config["n_query"],
+                          config["dropout"])
+        return model, tokenizer, None
+    # eval_only evaluates the best checkpoint, training goes on from the last one
+    path = run_file(out_dir if init_from == "resume" else init_from,
+                    "best.pt" if config["eval_only"] else "ckpt.pt")
+    checkpoint, model = load_run(path)
+    saved = checkpoint["settings"] | {k: checkpoint[k] for k in ("width", "weights")}
+    now = config | dict(width=width, weights=weights)
+    fixed = ("fusion", "every", "n_query", "encoder", "width", "weights")
+    other = [f"{k}={saved[k]}" for k in fixed if saved[k] != now[k]]
+    if other:
+        die(f"{path} was trained with {', '.join(other)}: go on with the same")
+    return model, checkpoint["tokenizer"], checkpoint
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of the held-out split."""
+    captions: list      # greedy ones, or the best of a beam search
+    scores: dict        # of the metrics
+    cider: np.ndarray   # of each image
+    right: float        # part of the captions without a mistake; None if no scenes were drawn
+
+    def quality(self):
+        """What chooses best.pt. Where mistakes can be counted, CIDEr's taste in words is noise."""
+        return self.scores["CIDEr"] if self.right is None else self.right
+
+
+def evaluate(model, images, references, features, tokenizer, max_length, process, beam=1):
+    """Captions all images of a split and scores the captions."""
+    model.eval()
+    captions = caption_split(model, features, tokenizer, max_length, process, beam)
+    scores, per_image = score(captions, references)
+    return Evaluation(captions, scores, per_image["CIDEr"], fraction_right(images, captions))
+
+
+def make_sampler(model, references, tokenizer, max_length, samples):
+    """For scst: -> sample(features, image numbers), which returns what self_critical does."""
+    if len(references) < 2:
+        die("scst=True with one picture: CIDEr is 0 where every n-gram is in all pictures")
+    words = tokenize([caption for of_image in references for caption in of_image])
+    words = iter([caption + [END] for caption in words])
+    of_images = [list(itertools.islice(words, len(of_image))) for of_image in references]
+    df = document_frequencies(of_images)
+
+    def sample(features, numbers):
+        return self_critical(model, features, [of_images[i] for i in numbers], df, tokenizer,
+                             max_length, samples)
+
+    return sample
+
+
+def next_batch(step, batch_size, features, captions, seed, process, sample=None):
+    """
+    This process's part of a step's global batch -> the arguments of Captioner.forward, the number
+    of their targets, and for scst the mean reward.
+    """
+    images, chosen = training_batch(step, batch_size, captions, seed)
+    images = images[process.rank::process.world_size]
+    chosen = chosen[process.rank::process.world_size]
+    x = read_features(features, images, process.device)
+    if sample is None:
+        idx, targets = captions.batch(chosen, process.device)
+        return (idx, x, targets), captions.count(chosen), 0.0
+    # In an autocast of its own: it caches bfloat16 copies of weights, and those that are made here,
+    # without gradients, must not be used by the training step.
+    with process.autocast():
+        idx, targets, image_idx, loss_weight, reward = sample(x, images)
+    return (idx, x, targets, image_idx, loss_weight), (targets >= 0).sum().item(), reward
+
+
+def save_captions(path, images, captions):
+    """Writes a COCO results file, which cider.py scores."""
+    rows = [dict(image_id=entry["id"], caption=caption)
+            for entry, caption in zip(images, captions)]
+    save_json(path, rows, indent=1)
+
+
+def print_evaluation(row, max_steps, caption):
+    print(f"step {row['step']:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | "
+          f"CIDEr {100 * row['CIDEr']:.1f} | \"{caption}\"", flush=True)
+
+
+def print_step(row, max_steps, batch_size, scst, seconds_left):
+    aim = f"CIDEr of samples {100 * row['reward']:.1f}" if scst else f"loss {row['loss']:.4f}"
+    print(f"step {row['step']:5d}/{max_steps} | {aim} | norm {row['norm']:.2f} | "
+          f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {1000 * batch_size / row['ms']:,.0f} images/s"
+          f" | {seconds_left / 60:.1f} min left", flush=True)
+
+
+def print_results(folder, results, candidates, references):
     """The last lines of a run: some captions, all scores, and what to look at."""
     print("\ncaptions of pictures it was not trained on, and what a person wrote:")
     for candidate, refs in list(zip(candidates, references))[:10]:
         print(f"  {candidate:<62} | {refs[0].strip()}")
-    shuffled = ", features shuffled between pictures" * results["settings"]["shuffle"]
-    trainable, total, right = results["trainable"], results["total"], results["right"]
-    print(f"\n{scores_table(table)}\n")
-    print(f"fusion                     {variant_name(results)}{shuffled}")
-    print(f"trainable parameters       {trainable:,} ({trainable / total:.1%} of {total:,})")
-    print(f"perplexity                 {results['perplexity']:.3f}   (the language model alone "
-          f"{results['perplexity_no_picture']:.3f}, with a wrong picture "
-          f"{results['perplexity_wrong_picture']:.3f})")
-    if right is not None:
-        print(f"captions entirely right    {right:.1%} of {n_scenes} held-out scenes (every size, "
-              "colour, shape and place)")
-    print(f"scored and drawn           {folder}/best.pt, of step {results['step']}")
+    r, shuffled = results, ", features shuffled between pictures" * results["settings"]["shuffle"]
+    print(f"\n{scores_table(r['scores'])}\n")
+    print(f"fusion                     {variant_name(r)}{shuffled}")
+    print(f"trainable parameters       {r['trainable']:,} ({r['trainable'] / r['total']:.1%} of "
+          f"{r['total']:,})")
+    print(f"perplexity                 {r['perplexity']:.3f}   (the language model alone "
+          f"{r['perplexity_no_picture']:.3f}, with a wrong picture "
+          f"{r['perplexity_wrong_picture']:.3f})")
+    if r["right"] is not None:
+        print(f"captions entirely right    {r['right']:.1%} of {len(candidates)} held-out scenes "
+              "(every size, colour, shape and place)")
+    print(f"scored and drawn           {folder}/best.pt, of step {r['step']}")
     print(f"look at                    {folder}/captions.png, best_worst.png, curves.png"
-          + ", attention.png" * (results["fusion"] == "xattn"))
+          + ", attention.png" * (r["fusion"] == "xattn"))
+    if len(candidates) == 1:
+        print("CIDEr is 0: with one picture, every n-gram is in all pictures and counts 0")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -875,29 +1049,13 @@ if __name__ == "__main__":
     config = configure(globals(), preset)
     process = setup(device, dtype)
     rank, world_size, device, _ = process
-    if num > beam and (beam > 1 or temperature == 0):
-        die(f"num={num} different captions of a picture need temperature > 0, or beam={num}")
-    if eval_only and init_from != "resume":
-        die("eval_only=True evaluates a trained run: add init_from=resume")
-    if scst and init_from == "scratch":
-        die("scst=True goes on from a trained run: name it with init_from=out/...")
-    if split == "train2017":
-        die("split=train2017 is trained on, not held out: val2017 or test2017")
-    if fusion == "all" and world_size > 1:
-        die("fusion=all trains the variants one after the other: start it without torchrun")
+    check_settings(config, process)
+    torch.manual_seed(seed)
 
     # ---- only captions of some pictures
     if image:
-        path = out_dir or (init_from if init_from not in ("scratch", "resume") else None)
-        if path is None:
-            runs = [os.path.dirname(run) for run in glob.glob("out/caption_*/**/ckpt.pt",
-                                                              recursive=True)]
-            runs = [run for run in runs if "_shuffled" not in run]
-            if not runs:
-                die("image= needs a trained run: `python train_caption.py` trains one")
-            path = max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "ckpt.pt")))
-        torch.manual_seed(seed)
-        caption_pictures(image, run_file(path, "best.pt"), process, temperature, top_k, num, beam)
+        path = run_file(find_run(out_dir, init_from), "best.pt")
+        caption_pictures(image, path, process, temperature, top_k, num, beam)
         sys.exit(0)
 
     # ---- where the run goes. A run is never trained over
@@ -908,96 +1066,62 @@ if __name__ == "__main__":
     if world_size > 1:
         dist.barrier()
     if fusion == "all":
-        chosen = [f"{k}={v}" for k, v in (DEMO if is_demo else {}).items()]
-        words = [word for word in sys.argv[1:] if not word.startswith(("fusion=", "out_dir="))]
-        compare_variants(out_dir, chosen + words, split)
+        compare_variants(out_dir, DEMO if is_demo else {}, split)
         print(f"{time.time() - t_start:.0f} s in all")
         sys.exit(0)
-    checkpoint_path = os.path.join(out_dir, "ckpt.pt")
-    if os.path.exists(checkpoint_path) and init_from != "resume":
+    if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and init_from != "resume":
         die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
             f"caption pictures with image=a.jpg out_dir={out_dir}, or name another out_dir=")
     if rank == 0:
         print_settings(config)
         lock_folder(out_dir)
+        warn_overlap(data, split)
 
     # ---- pictures and captions
-    train_images, train_references = load_captions(data, "train2017")
-    images, references = load_captions(data, split)
-    if scst and len(train_images) < 2:
-        die("scst=True with one training picture: CIDEr is 0 where every n-gram is in all pictures")
-    if rank == 0:
-        warn_overlap(data, split)
-    train_features, metadata = load_features(data, encoder, "train2017", train_images)
-    val_features, val_metadata = load_features(data, encoder, split, images)
+    train_images, train_references, train_features, metadata = load_split(
+        data, encoder, "train2017", shuffle, seed)
+    images, references, val_features, val_metadata = load_split(data, encoder, split, shuffle, seed)
     if metadata.get("weights") != val_metadata.get("weights"):
         die(f"the {encoder} features of train2017 and {split} were made with different weights: "
             "delete the wrong ones and encode again")
     S, W = train_features.shape[1:]
-    if shuffle:
-        train_features = np.random.default_rng(seed).permutation(train_features)
-        val_features = np.random.default_rng(seed).permutation(val_features)
-    if "cuda" in device:
-        # all of COCO is 9 GB: if the card has room, no loader is needed. scst needs room itself
-        room = torch.cuda.mem_get_info(device)[0] * (0.25 if scst else 0.5)
-        if train_features.nbytes < room:
-            train_features = torch.from_numpy(train_features[:]).to(device)
+    train_features = move_if_it_fits(train_features, device, scst)
 
     # ---- the frozen GPT and the fusion module
-    torch.manual_seed(seed)
-    if init_from == "scratch":
-        with local_main_process_first(process):
-            gpt_model, tokenizer_source, _ = load_model(gpt)
-        model = Captioner(gpt_model, fusion, every, W, n_query, dropout)
-    else:
-        source = run_file(out_dir if init_from == "resume" else init_from,
-                          "best.pt" if eval_only else "ckpt.pt")
-        checkpoint, model = load_run(source)
-        tokenizer_source = checkpoint["tokenizer"]
-        saved = checkpoint["settings"] | {k: checkpoint[k] for k in ("width", "weights")}
-        now = dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W,
-                   weights=metadata.get("weights"))
-        other = [f"{k}={saved[k]}" for k, v in now.items() if saved[k] != v]
-        if other:
-            die(f"{source} was trained with {', '.join(other)}: go on with the same")
-    gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
+    raw_model, tokenizer_source, checkpoint = load_model_to_train(
+        config, W, metadata.get("weights"), process)
+    gpt_config, tokenizer = raw_model.gpt.config, get_tokenizer(tokenizer_source)
     if gpt_config.vocab_size != tokenizer.n_vocab:
         die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: "
             "take a GPT with its own tokenizer")
-    model.to_process(process)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) + metadata.get("parameters", 0)
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (0.9, beta2))
+    raw_model.to_process(process)
+    trainable = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in raw_model.parameters()) + metadata.get("parameters", 0)
+    optimizers = make_optimizers(raw_model, optimizer, learning_rate, weight_decay, (0.9, beta2))
     step, best = 0, -1.0
     if init_from == "resume":
         step, best = checkpoint["step"], checkpoint.get("best", -1.0)
         if not eval_only:
-            resume_optimizers(optimizers, checkpoint, source)
+            resume_optimizers(optimizers, checkpoint, out_dir)
         if rank == 0:
             warn_changed(config, checkpoint, " ".join(RESUMED) + " dtype")
     # `model` trains. raw_model has the same weights, and is what evaluates, captions and is saved.
-    raw_model = model
-    if compile:
-        model = torch.compile(raw_model)
+    model = torch.compile(raw_model) if compile else raw_model
     if world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[device] if "cuda" in device else None,
-                                        gradient_as_bucket_view=True)
-    if batch_size % world_size:
-        die(f"batch_size={batch_size} pictures cannot be divided among {world_size} processes")
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                        device_ids=[device] if "cuda" in device else None)
 
     # ---- captions as tokens, and for scst as words
     config["max_length"] = max_length = min(max_length, gpt_config.block_size - 1)
     train_captions = TokenizedCaptions(train_references, tokenizer, max_length)
     val_captions = TokenizedCaptions(references, tokenizer, max_length)
+    held_out = images, references, val_features, tokenizer, max_length, process
     n_cut = train_captions.cut + val_captions.cut
     if n_cut and rank == 0:
         print(f"{n_cut:,} captions have more than max_length={max_length} tokens and are cut")
+    sample = None
     if scst:
-        words = tokenize([caption for of_image in train_references for caption in of_image])
-        words = [caption + [END] for caption in words]
-        offsets = train_captions.of_image
-        train_words = [words[first:end] for first, end in zip(offsets, offsets[1:])]
-        df = document_frequencies(train_words)
+        sample = make_sampler(raw_model, train_references, tokenizer, max_length, samples)
 
     # ---- the loop
     gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate")
@@ -1007,25 +1131,24 @@ if __name__ == "__main__":
               f"{W} each | {trainable:,} trainable parameters, {trainable / total:.1%} of "
               f"{total:,} | {world_size} process(es) on {device}", flush=True)
         columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates]
-        wandb = start_wandb(config) if wandb_log and not eval_only else None
-        log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step, wandb)
+        log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step,
+                  start_wandb(config) if wandb_log and not eval_only else None)
     asked_to_stop, stop = stop_signals(), 0
+    best_evaluation = None  # of best.pt, if this process evaluated it
     t0, first_step = time.time(), step
     while not eval_only:
         # evaluate on the whole held-out split, and save
-        row = dict(step=step)
+        row, is_best = dict(step=step), False
         if (step % eval_interval == 0 or step >= max_steps) and not stop:
-            raw_model.eval()
-            candidates = caption_split(raw_model, val_features, tokenizer, max_length, process)
-            row["CIDEr"] = score(candidates, references)[0]["CIDEr"]
-            row["perplexity"] = perplexity(raw_model, val_features, val_captions, process)
+            evaluation = evaluate(raw_model, *held_out)
+            row |= dict(perplexity=perplexity(raw_model, val_features, val_captions, process),
+                        CIDEr=evaluation.scores["CIDEr"])
             check_finite(step, row["perplexity"], "the perplexity of held-out captions")
             if rank == 0:
-                print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f}"
-                      f" | CIDEr {100 * row['CIDEr']:.1f} | \"{candidates[0]}\"", flush=True)
+                print_evaluation(row, max_steps, evaluation.captions[0])
+            if step > first_step and evaluation.quality() > best:
+                is_best, best, best_evaluation = True, evaluation.quality(), evaluation
         if rank == 0 and step > first_step and ("CIDEr" in row or stop):
-            is_best = row.get("CIDEr", -1.0) > best
-            best = max(best, row.get("CIDEr", -1.0))
             tagger = None
             if encoder == "tagger":
                 tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
@@ -1042,48 +1165,29 @@ if __name__ == "__main__":
         reseed(seed, step, rank)
         # scst without dropout: with it, the log-probabilities would not be of the sampling model
         raw_model.train(not scst)
-        batch_images, batch_captions = training_batch(step, batch_size, train_captions, seed)
-        mine = batch_images[rank::world_size]
-        features = read_features(train_features, mine, device)
-        image_idx, loss_weight, reward = None, None, 0.0
-        if scst:
-            # In an autocast of its own: it caches bfloat16 copies of weights, and those that are
-            # made here, without gradients, must not be used by the training step.
-            with process.autocast():
-                idx, targets, image_idx, loss_weight, reward = self_critical(
-                    raw_model, features, [train_words[i] for i in mine], df, tokenizer, max_length,
-                    samples)
-            n_tokens = (targets >= 0).sum().item()
-        else:
-            chosen = batch_captions[rank::world_size]
-            idx, targets = train_captions.batch(chosen, device)
-            n_tokens = int((train_captions.start[np.add(chosen, 1)]
-                            - train_captions.start[chosen] - 1).sum())
+        batch, n_tokens, reward = next_batch(step, batch_size, train_features, train_captions,
+                                             seed, process, sample)
         total_tokens, = all_reduce_sum(process, n_tokens)
         with process.autocast():
             # The mean over the tokens of the global batch. DDP averages the gradients of the
             # processes, so each process's loss counts world_size times.
-            loss = model(idx, features, targets, image_idx, loss_weight)
-            loss = loss * (world_size / total_tokens)
+            loss = model(*batch) * (world_size / total_tokens)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
         norm = optimizer_step(raw_model, optimizers, lr, grad_clip, step)
         # all processes stop after the same step
         loss, reward, stop = all_reduce_sum(process, loss.item() / world_size,
                                             reward / world_size, len(asked_to_stop))
-        ms = (time.time() - t1) * 1000
         if rank == 0:
-            row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm, ms=ms)
+            row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm,
+                        ms=(time.time() - t1) * 1000)
             if gates:
                 values = torch.stack([gate.detach() for gate in gates.values()]).tanh().tolist()
                 row |= dict(zip(gates, values))
             log.add(**row)
             if step % log_interval == 0 or step == max_steps - 1:
                 seconds_left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
-                aim = f"CIDEr of samples {100 * reward:.1f}" if scst else f"loss {loss:.4f}"
-                print(f"step {step:5d}/{max_steps} | {aim} | norm {norm:.2f} | lr {lr:.2e} | "
-                      f"{ms:.0f} ms | {batch_size / ms * 1000:,.0f} images/s | "
-                      f"{seconds_left / 60:.1f} min left", flush=True)
+                print_step(row, max_steps, batch_size, scst, seconds_left)
         step += 1
 
     if stop:
@@ -1096,40 +1200,31 @@ if __name__ == "__main__":
     if rank == 0 and not eval_only:
         log.add(**row)
     if world_size > 1:
-        dist.barrier()  # the checkpoint is written
+        dist.barrier()  # rank 0 has written the checkpoint
     checkpoint = load_checkpoint(run_file(out_dir, "best.pt"))
-    step = checkpoint["step"]
     load_weights(raw_model, checkpoint["model"], out_dir)
     raw_model.eval()
-    candidates = caption_split(raw_model, val_features, tokenizer, max_length, process)
-    scores, per_image = score(candidates, references)
-    table = {"greedy": scores}
+    result = best_evaluation or evaluate(raw_model, *held_out)
+    table = {"greedy": result.scores}
     if single_reference:
-        table["greedy, one reference"] = published_protocol(candidates, references, seed)
+        table["greedy, one reference"] = published_protocol(result.captions, references, seed)
     if beam > 1:
-        candidates = caption_split(raw_model, val_features, tokenizer, max_length, process, beam)
-        scores, per_image = score(candidates, references)
-        table[f"beam={beam}"] = scores
-    right, wrong, without = (
-        perplexity(raw_model, val_features, val_captions, process, which_image)
-        for which_image in ("right", "wrong", "none"))
+        result = evaluate(raw_model, *held_out, beam)
+        table[f"beam={beam}"] = result.scores
+    results = dict(fusion=fusion, every=every, trainable=trainable, total=total, **result.scores,
+                   right=result.right, step=checkpoint["step"], scores=table, settings=config)
+    for name, which_image in (("", "right"), ("_wrong_picture", "wrong"), ("_no_picture", "none")):
+        results["perplexity" + name] = perplexity(raw_model, val_features, val_captions, process,
+                                                  which_image)
     if rank == 0:
-        results = dict(
-            fusion=fusion, every=every, trainable=trainable, total=total, perplexity=right,
-            **scores, perplexity_wrong_picture=wrong, perplexity_no_picture=without,
-            right=fraction_right(images, candidates), step=step, scores=table, settings=config)
         save_json(os.path.join(out_dir, "results.json"), results, indent=1)
-        coco_results = [dict(image_id=entry["id"], caption=caption)
-                        for entry, caption in zip(images, candidates)]
-        save_json(os.path.join(out_dir, f"captions_{split}.json"), coco_results, indent=1)
+        save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, result.captions)
         draw_curves(os.path.join(out_dir, "curves.png"), log.rows, batch_size, split, scst,
                     list(raw_model.gated))
         files = [os.path.join(data, split, entry["file_name"]) for entry in images]
         if all(map(os.path.exists, files)):  # there may be features without pictures
-            draw_results(out_dir, raw_model, val_features, files, candidates, references,
-                         per_image["CIDEr"], tokenizer, max_length, metadata, process)
-        print_results(out_dir, results, table, candidates, references, len(images))
-        if len(images) == 1:
-            print("CIDEr is 0: with one picture, every n-gram is in all pictures and counts 0")
+            draw_results(out_dir, raw_model, val_features, files, result, references, tokenizer,
+                         max_length, metadata, process)
+        print_results(out_dir, results, result.captions, references)
         print(f"time                       {time.time() - t_start:.0f} s")
     finish(process)
