@@ -1,42 +1,60 @@
 r"""
-What a prompt can do: PaliGemma in plain PyTorch, and the cheapest ways to make it write captions of another kind, inside 16 GB.
+What a prompt can do: PaliGemma in plain PyTorch, and the cheapest ways to make it write captions of
+another kind, inside 16 GB.
 
-    python paligemma_prompt.py                                   # nothing prepared: a small PaliGemma made on the spot, in minutes
-    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc prompt=soft place=after_image    # one GPU
-    python paligemma_prompt.py paligemma=google/paligemma-3b-pt-224@bfloat16 data=data/risc compare=True    # seven ways, one table
-    python paligemma_prompt.py stack=True siglip=google/siglip-so400m-patch14-224 gemma=google/gemma-2b data=data/risc train=lora
-    python paligemma_prompt.py init_from=out/prompt_risc_soft_after_image/adapter.safetensors image=a.jpg,b.png
-    python paligemma_prompt.py memory=True                       # what one step of each way takes at full size
+    python paligemma_prompt.py                  # nothing prepared: a demo with a small PaliGemma
+    M=google/paligemma-3b-pt-224@bfloat16       # the real one, on one GPU
+    python paligemma_prompt.py paligemma=$M data=data/risc prompt=soft soft_position=after_image
+    python paligemma_prompt.py paligemma=$M data=data/risc compare=True     # seven ways, one table
+    python paligemma_prompt.py stack=True siglip=google/siglip-so400m-patch14-224 \
+        gemma=google/gemma-2b data=data/risc trainable=lora                 # built from its parts
+    python paligemma_prompt.py init_from=out/prompt_risc_soft_after_image image=a.jpg,b.png
+    python paligemma_prompt.py memory=True      # what one step of each way takes at full size
 
-PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) reads a picture as 256 tokens of a SigLIP tower, through one matrix, and
-writes with Gemma, whose input is a row of vectors. Who sees whom (x) in it is neither GPT's triangle nor BERT's square:
+PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) encodes a picture as 256 tokens with
+a SigLIP tower and one matrix, and writes with Gemma. Its attention mask is neither causal nor full:
 
-                     picture     bos  caption en \n   a   red  roof          The prefix, picture and prompt, is there before anything is
-        picture      x  x  x  x   x       x        x  .    .    .            written: all of it sees all of it. The suffix is written word
-        bos          x  x  x  x   x       x        x  .    .    .            by word: each sees the prefix and what was written so far. The
-        caption en   x  x  x  x   x       x        x  .    .    .            prefix's last token predicts the first word; only the suffix
-        \n           x  x  x  x   x       x        x  .    .    .   -> a     and its end are in the loss. Ones everywhere would leak the
-        a            x  x  x  x   x       x        x  x    .    .   -> red   answer; a triangle would hide the question from the picture and
-        red          x  x  x  x   x       x        x  x    x    .   -> roof  the picture's lower half from its upper.
+                     picture     bos  caption en \n   a   red  roof
+        picture      x  x  x  x   x       x        x  .    .    .
+        bos          x  x  x  x   x       x        x  .    .    .
+        caption en   x  x  x  x   x       x        x  .    .    .
+        \n           x  x  x  x   x       x        x  .    .    .   -> a
+        a            x  x  x  x   x       x        x  x    .    .   -> red
+        red          x  x  x  x   x       x        x  x    x    .   -> roof
         roof         x  x  x  x   x       x        x  x    x    x   -> eos
 
-A hard prompt is words. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is vectors that never were words: ten of them
-are trained, 20,480 numbers, all else is frozen. Rows of Gemma's table have length about 1 and are multiplied by sqrt(2048) = 45 on their
-way to layer 0. A soft prompt enters behind that multiplication, so it is born as copies of words at that size: raw rows would whisper
-among shouting neighbours, and learning at 0.01 a step would be long in making them heard. (The picture's tokens are not multiplied: their
-matrix was trained to the right size.) Where the ten enter is place=:
+The prefix is picture and prompt. All of it is known before anything is written, so all its tokens
+attend to each other. The suffix is written token by token; each attends to the prefix and to what
+was written before. The last token of the prefix predicts the first word. The loss covers the suffix
+and eos only. A full mask would leak the answer; a causal one would hide the prompt from the picture
+and the picture's lower half from its upper.
 
-        before_image  [soft] picture bos caption en \n        after_bos      picture bos [soft] caption en \n
-        after_image   picture [soft] bos caption en \n        before_suffix  picture bos caption en \n [soft]
+A hard prompt is text. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is
+vectors that stand for no text: ten of them are trained, 20,480 numbers, everything else is frozen.
+Gemma's embedding table is also its output matrix. As an output it needs rows of length about 1. As
+an input, layer 0 needs entries of size about 1, which is a length of sqrt(2048) = 45. So Gemma
+multiplies embedded text by 45. The projector was trained to give image tokens the right size: they
+are not multiplied, or they would be 45 times too large. A soft prompt enters after the
+multiplication. It starts as copies of the text's embeddings at that size: unscaled rows would be 45
+times too small, and at steps of 0.01 they would take long to grow. Where the ten enter is
+soft_position=:
 
-Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{split}.json, curves.png, captions.png}. The adapter is what
-was trained and no more, 80 kB for a soft prompt, and knows which model it belongs to.
+        before_image  [soft] picture bos caption en \n
+        after_image   picture [soft] bos caption en \n
+        after_bos     picture bos [soft] caption en \n
+        before_suffix picture bos caption en \n [soft]
+
+Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{split}.json,
+curves.png, captions.png}. The adapter holds only what was trained, 80 kB for a soft prompt, and
+knows which model it belongs to.
 """
+
 import glob
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import weakref
@@ -56,68 +74,151 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from fineweb import configure, die, download, hub, save_atomically, print_settings
-from train_gpt2 import (KVCache, Log, beam_search, curve, decode, get_lr, load_checkpoint, make_optimizers, peak_rss, plot, pyplot, read_log,
-                        resume_optimizers, save_checkpoint, setup, start_wandb, optimizer_step)
+from fineweb import configure, die, download, hub, lock_folder, print_settings, save_atomically
+from train_gpt2 import (
+    KVCache,
+    Log,
+    beam_search,
+    check_finite,
+    curve,
+    decode,
+    get_lr,
+    load_checkpoint,
+    make_optimizers,
+    optimizer_step,
+    peak_rss,
+    plot,
+    pyplot,
+    read_log,
+    resume_optimizers,
+    save_checkpoint,
+    setup,
+    start_wandb,
+    stop_signals,
+    warn_changed,
+)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image, save_json, splits_of
-from train_caption import TokenizedCaptions, caption_split, draw_captions, read_features, perplexity, run_script, to_text, training_batch
+from train_caption import (
+    TokenizedCaptions,
+    caption_split,
+    draw_captions,
+    perplexity,
+    read_features,
+    run_script,
+    to_text,
+    training_batch,
+)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
 
-paligemma: str = None       # hub name[@revision], folder, .safetensors, big_vision's .npz; small = a random model; None = the built-in road
-tokenizer: str = None       # a SentencePiece file; None = tokenizer.model beside the weights
-data: str = None            # folder in COCO's layout (coco.py makes one of RISC's csv, Karpathy's json); several, a,b: one a step, in turn
-out_dir: str = None         # where the run goes; None = out/prompt_{data}_{way to adapt}
-init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter.safetensors, with all its settings
-eval_only = False           # evaluate, train nothing
-prompt = "hard"             # one of hard | soft: hard: words; soft: learned vectors beside them
-words = "caption en"        # the words; several, a,b,c: one a step, in turn; the first is what the model is judged with
-n_soft = 10                 # >= 1: how many learned vectors
-place = "after_image"       # one of before_image | after_image | after_bos | before_suffix: where they go: before_image, after_image, after_bos, before_suffix
-order = "image,bos,prompt"  # the other pieces of the prefix, in any order
-train = "none"              # one of none | attention | lora | all: of Gemma: none; attention, its matrices; lora; all, and SigLIP too
-lora_rank = 8               # >= 1: of the two thin matrices beside each of a layer's seven
-stack = False               # build the model: SigLIP, a fresh and trained projector, Gemma
-siglip: str = None          # for stack: where SigLIP comes from
-gemma: str = None           # for stack: where Gemma and its tokenizer come from
-compare = False             # zero-shot, attention, soft at each place, LoRA at equal steps: a table and a plot
-memory = False              # only report what one step of each way takes at full size
-beam = 1                    # >= 1: captions by beam search among so many, 1 = greedy
-image: str = None           # caption these pictures (a,b,...) with init_from's adapter, the newest by default
-batch_size = 8              # >= 1: pictures a step; each with one of its captions, drawn anew each epoch
-max_length = 64             # >= 1: longest caption, in tokens; the rest is cut, counted and said
-optimizer: str = None       # one of adamw | muon | sgd: adamw, muon, sgd; None = adamw, but for train=attention sgd (as Google's notebook): it spares two fp32 copies
-learning_rate: float = None # > 0: the peak; None = RATES below
-min_lr = 0.0                # >= 0: where the cosine ends
-warmup_steps = 10           # >= 0
-max_steps = 500             # >= 1
-grad_clip = 1.0             # >= 0
-eval_interval = 100         # >= 1: steps between looks at held-out pictures, each followed by a checkpoint
-log_interval = 20           # >= 1: steps between printed lines
-recompute: bool = None      # for the backward pass keep each layer's input only and compute the rest again; None = above 1e9 parameters
-seed = 1337                 # >= 0
-device: str = None          # cuda, cpu, mps; None takes the best there is
-dtype: str = None           # one of bfloat16 | float32: of what is frozen: bfloat16 or float32; None = bfloat16 on CUDA. What is trained is float32
-wandb_log = False           # mirror the log to Weights & Biases
+# hub name[@revision] | folder | .safetensors | .npz | small; None = demo
+paligemma: str = None
+tokenizer: str = None  # a SentencePiece file; None = tokenizer.model beside the weights
+data: str = None  # folder in COCO's layout; several, a,b: one a step, in turn
+out_dir: str = None  # where the run goes; None = out/prompt_{data}_{what is trained}
+init_from = "scratch"  # scratch | resume (out_dir/ckpt.pt) | an adapter or its folder
+eval_only = False  # evaluate, train nothing
+prompt = "hard"  # one of hard | soft: soft adds learned vectors to the text
+prompt_text = "caption en"  # several, a,b,c: one a step, in turn; evaluation uses the first
+n_soft = 10  # >= 1: number of learned vectors
+soft_position = "after_image"  # one of before_image | after_image | after_bos | before_suffix
+prefix_order = "image,bos,prompt"  # the other pieces of the prefix, in any order
+trainable = "none"  # one of none | attention | lora | all: of Gemma; all: and of SigLIP
+lora_rank = 8  # >= 1: of the two thin matrices beside each of a layer's seven
+stack = False  # build the model: SigLIP, a fresh and trained projector, Gemma
+siglip: str = None  # stack: where SigLIP comes from
+gemma: str = None  # stack: where Gemma and its tokenizer come from
+compare = False  # zero-shot, attention, soft at each position, LoRA: a table and a plot
+memory = False  # only report what one step of each way takes at full size
+beam = 1  # >= 1: beams of the search for captions; 1 = greedy
+# caption these pictures (a,b,...) with init_from's adapter, or the newest
+image: str = None
+batch_size = 8  # >= 1: pictures a step, each with one random caption
+max_length = 64  # >= 1: tokens of the longest caption; longer ones are cut and counted
+optimizer: str = None  # one of adamw | muon | sgd: None = sgd for attention, otherwise adamw
+learning_rate: float = None  # > 0: the peak; None = RATES below
+min_lr = 0.0  # >= 0: where the cosine ends
+warmup_steps = 10  # >= 0
+max_steps = 500  # >= 1
+grad_clip = 1.0  # >= 0: largest norm of the gradient; 0 = no clipping
+eval_interval = 100  # >= 1: steps between evaluations, each followed by a checkpoint
+log_interval = 20  # >= 1: steps between printed lines
+gradient_checkpointing: bool = None  # keep only each layer's input; None = above 1e9 parameters
+seed = 1337  # >= 0
+device: str = None  # cuda, cpu, mps; None takes the best there is
+dtype: str = None  # one of bfloat16 | float32: of frozen weights; None = bfloat16 on CUDA
+wandb_log = False  # mirror the log to Weights & Biases
 
-PLACES = ("before_image", "after_image", "after_bos", "before_suffix")
-WAYS = {"hard, zero-shot": dict(prompt="hard", train="none"), "hard + attention": dict(prompt="hard", train="attention"),
-        **{f"soft, {place}": dict(prompt="soft", train="none", place=place) for place in PLACES},
-        "hard + LoRA": dict(prompt="hard", train="lora")}
-# learning rates for PaliGemma and for the small one
-RATES = dict(hard=(0, 0), soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 2e-3), stack=(5e-4, 2e-3), all=(1e-5, 8e-3))
+RENAMED = dict(
+    words="prompt_text",
+    place="soft_position",
+    order="prefix_order",
+    train="trainable",
+    recompute="gradient_checkpointing",
+)
+SOFT_POSITIONS = ("before_image", "after_image", "after_bos", "before_suffix")
+METHODS = {
+    "hard, zero-shot": dict(prompt="hard", trainable="none"),
+    "hard + attention": dict(prompt="hard", trainable="attention"),
+    **{
+        f"soft, {position}": dict(prompt="soft", trainable="none", soft_position=position)
+        for position in SOFT_POSITIONS
+    },
+    "hard + LoRA": dict(prompt="hard", trainable="lora"),
+}
+# learning rates for PaliGemma and for the small model of the demo
+RATES = dict(
+    hard=(0, 0),
+    soft=(1e-2, 0.3),
+    attention=(0.03, 3e-3),
+    lora=(2e-4, 2e-3),
+    stack=(5e-4, 2e-3),
+    all=(1e-5, 8e-3),
+)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the prefix, T of all, S = cached + T; D = n_embd;
-# H query heads, G key heads, E = head_dim. `c` is one of these, as a namespace; v_ is the vision tower's
+# --------------------------------------------------------------------------------------------------
+# the model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the
+# prefix, T of all, S = cached + T; D = n_embd; H query heads, G key heads, E = head_dim. `c` is a
+# config as below, as a namespace; v_ is for the vision tower
 
-FULL = dict(image_size=224, patch_size=14, v_layer=27, v_head=16, v_embd=1152, v_mlp=4304, n_layer=18, n_head=8, n_kv_head=1, head_dim=256,
-            n_embd=2048, n_mlp=16384, vocab_size=257_152, query_scale=1 / 16, gemma2=False, attn_softcap=None, final_softcap=None,
-            rope_theta=10_000.0, eps=1e-6)
-SMALL = FULL | dict(image_size=64, patch_size=16, v_layer=3, v_head=4, v_embd=128, v_mlp=256, n_layer=4, n_head=4, head_dim=32,
-                    n_embd=128, n_mlp=384, vocab_size=480, query_scale=32 ** -0.5)
+FULL = dict(
+    image_size=224,
+    patch_size=14,
+    v_layer=27,
+    v_head=16,
+    v_embd=1152,
+    v_mlp=4304,
+    n_layer=18,
+    n_head=8,
+    n_kv_head=1,
+    head_dim=256,
+    n_embd=2048,
+    n_mlp=16384,
+    vocab_size=257_152,
+    query_scale=1 / 16,
+    gemma2=False,
+    attn_softcap=None,
+    final_softcap=None,
+    rope_theta=10_000.0,
+    eps=1e-6,
+)
+SMALL = FULL | dict(
+    image_size=64,
+    patch_size=16,
+    v_layer=3,
+    v_head=4,
+    v_embd=128,
+    v_mlp=256,
+    n_layer=4,
+    n_head=4,
+    head_dim=32,
+    n_embd=128,
+    n_mlp=384,
+    vocab_size=480,
+    query_scale=32**-0.5,
+)
 
 
 class SigLIPLayer(nn.Module):
@@ -126,24 +227,39 @@ class SigLIPLayer(nn.Module):
         super().__init__()
         self.n_head, W = c.v_head, c.v_embd
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(W, 1e-6), nn.LayerNorm(W, 1e-6)
-        self.self_attn = nn.ModuleDict({name: nn.Linear(W, W) for name in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.self_attn = nn.ModuleDict(
+            {name: nn.Linear(W, W) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(W, c.v_mlp), fc2=nn.Linear(c.v_mlp, W)))
 
     def forward(self, x):
         h, a = self.layer_norm1(x), self.self_attn
-        q, k, v = (matrix(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))  # B heads N E
+        # B heads N E
+        q, k, v = (
+            matrix(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+            for matrix in (a.q_proj, a.k_proj, a.v_proj)
+        )
         x = x + a.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class SigLIP(nn.Module):
-    """A ViT without a class token (Zhai et al. 2023): pictures (B, 3, size, size) in [-1, 1] -> all patches (B, N, v_embd), normed."""
+    """
+    A ViT without a class token (Zhai et al. 2023). Pictures (B, 3, size, size) in [-1, 1] ->
+    normed patches (B, N, v_embd).
+    """
 
     def __init__(self, c):
         super().__init__()
-        self.embeddings = nn.ModuleDict(dict(patch_embedding=nn.Conv2d(3, c.v_embd, c.patch_size, c.patch_size),
-                                             position_embedding=nn.Embedding((c.image_size // c.patch_size) ** 2, c.v_embd)))
-        self.encoder = nn.ModuleDict(dict(layers=nn.ModuleList([SigLIPLayer(c) for _ in range(c.v_layer)])))
+        self.embeddings = nn.ModuleDict(
+            dict(
+                patch_embedding=nn.Conv2d(3, c.v_embd, c.patch_size, c.patch_size),
+                position_embedding=nn.Embedding((c.image_size // c.patch_size) ** 2, c.v_embd),
+            )
+        )
+        self.encoder = nn.ModuleDict(
+            dict(layers=nn.ModuleList([SigLIPLayer(c) for _ in range(c.v_layer)]))
+        )
         self.post_layernorm = nn.LayerNorm(c.v_embd, 1e-6)
 
     def forward(self, pixels):
@@ -164,26 +280,40 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         h = x.float()
-        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight.float())).to(x.dtype)
+        return (
+            h
+            * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+            * (1 + self.weight.float())
+        ).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """Frozen in bfloat16; or trained in fp32, cast for each matmul; or frozen beside two thin trained matrices (LoRA, Hu et al. 2021)."""
+    """
+    Frozen in bfloat16; or trained in float32 and cast for each matmul; or frozen, beside two thin
+    trained matrices (LoRA, Hu et al. 2021).
+    """
 
     def add_lora(self, rank):
         n_out, n_in = self.weight.shape
-        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=self.weight.device) * n_in ** -0.5)
-        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=self.weight.device))  # zero: it starts from the model as it is
+        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=self.weight.device) * n_in**-0.5)
+        # zero: it starts from the model as it is
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=self.weight.device))
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
         if not hasattr(self, "lora_a"):
             return y
-        return y + 2 * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))  # 2 = alpha / rank
+        # 2 = alpha / rank
+        return y + 2 * F.linear(F.linear(x, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
 
 
 def rotate(x, start, theta):
-    """RoPE (Su et al. 2021): turns x (B, heads, T, E), whose first position is start; entry e is paired with e + E/2, not its neighbour."""
+    """
+    RoPE (Su et al. 2021) on x (B, heads, T, E), whose first position is `start`. Entry e is
+    paired with entry e + E/2, not with its neighbour.
+    """
     T, E = x.shape[2:]
     frequency = theta ** (-torch.arange(0, E, 2, device=x.device) / E)
     angle = torch.arange(start, start + T, device=x.device)[:, None] * frequency  # (T, E/2)
@@ -196,72 +326,107 @@ class GemmaLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c, D, q, kv = c, c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        self.self_attn = nn.ModuleDict(dict(q_proj=Linear(D, q, bias=False), k_proj=Linear(D, kv, bias=False),
-                                            v_proj=Linear(D, kv, bias=False), o_proj=Linear(q, D, bias=False)))
-        self.mlp = nn.ModuleDict(dict(gate_proj=Linear(D, c.n_mlp, bias=False), up_proj=Linear(D, c.n_mlp, bias=False),
-                                      down_proj=Linear(c.n_mlp, D, bias=False)))
+        self.self_attn = nn.ModuleDict(
+            dict(
+                q_proj=Linear(D, q, bias=False),
+                k_proj=Linear(D, kv, bias=False),
+                v_proj=Linear(D, kv, bias=False),
+                o_proj=Linear(q, D, bias=False),
+            )
+        )
+        self.mlp = nn.ModuleDict(
+            dict(
+                gate_proj=Linear(D, c.n_mlp, bias=False),
+                up_proj=Linear(D, c.n_mlp, bias=False),
+                down_proj=Linear(c.n_mlp, D, bias=False),
+            )
+        )
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
         if c.gemma2:
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(
+                D, c.eps
+            ), RMSNorm(D, c.eps)
 
-    def attend(self, x, seen, kv_cache, layer):
+    def attend(self, x, mask, kv_cache, layer):
         c, a, start = self.c, self.self_attn, kv_cache.pos if kv_cache else 0
-        q, k, v = (matrix(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for matrix in (a.q_proj, a.k_proj, a.v_proj))
-        q, k = rotate(q, start, c.rope_theta), rotate(k, start, c.rope_theta)  # (B, H, T, E), (B, G, T, E)
+        q, k, v = (
+            matrix(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+            for matrix in (a.q_proj, a.k_proj, a.v_proj)
+        )
+        # (B, H, T, E), (B, G, T, E)
+        q, k = rotate(q, start, c.rope_theta), rotate(k, start, c.rope_theta)
         if kv_cache:
             k, v = kv_cache.update(layer, k, v)  # (B, G, S, E)
-        k, v = (t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2) for t in (k, v))  # (B, H, S, E)
+        # (B, H, S, E)
+        k, v = (
+            t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2)
+            for t in (k, v)
+        )
         if c.attn_softcap:  # fused attention knows no cap
-            score = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))  # (B, H, T, S)
-            if seen is not None:
-                score = score.masked_fill(~seen, -math.inf)
+            # (B, H, T, S)
+            score = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))
+            if mask is not None:
+                score = score.masked_fill(~mask, -math.inf)
             y = score.float().softmax(-1).to(v.dtype) @ v
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=c.query_scale)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=c.query_scale)
         return a.o_proj(y.transpose(1, 2).flatten(2))
 
     def feed(self, x):
-        return self.mlp.down_proj(F.gelu(self.mlp.gate_proj(x), approximate="tanh") * self.mlp.up_proj(x))
+        return self.mlp.down_proj(
+            F.gelu(self.mlp.gate_proj(x), approximate="tanh") * self.mlp.up_proj(x)
+        )
 
-    def forward(self, x, seen=None, kv_cache=None, layer=None):
-        h = self.attend(self.input_layernorm(x), seen, kv_cache, layer)
+    def forward(self, x, mask=None, kv_cache=None, layer=None):
+        h = self.attend(self.input_layernorm(x), mask, kv_cache, layer)
         if self.c.gemma2:
             x = x + self.post_attention_layernorm(h)
             return x + self.post_feedforward_layernorm(self.feed(self.pre_feedforward_layernorm(x)))
         x = x + h
-        return x + self.feed(self.post_attention_layernorm(x))  # a trap: in Gemma 1 this name is the norm before the MLP
+        # a trap: in Gemma 1 this name is the norm before the MLP
+        return x + self.feed(self.post_attention_layernorm(x))
 
 
 class Gemma(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, self.recompute, self.n_words = c, False, min(c.vocab_size, 257_152)
+        self.c, self.gradient_checkpointing = c, False
+        self.n_words = min(c.vocab_size, 257_152)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c.n_layer)])
         self.norm = RMSNorm(c.n_embd, c.eps)
 
     def embed(self, idx):
-        return self.embed_tokens(idx) * self.c.n_embd ** 0.5
+        return self.embed_tokens(idx) * self.c.n_embd**0.5
 
     def forward(self, x, P, kv_cache=None):
-        """Embeddings (B, T, D) -> hidden states (B, T, D). The first P see each other; the rest is seen only by what comes after it."""
-        T, seen = x.shape[1], None
+        """
+        Embeddings (B, T, D) -> hidden states (B, T, D). The first P tokens attend to each other,
+        the rest are causal.
+        """
+        T, mask = x.shape[1], None
         if T > P:
-            seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (who looks, at whom)
-            seen[:, :P] = True
+            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (query, key)
+            mask[:, :P] = True
         for i, layer in enumerate(self.layers):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, seen, use_reentrant=False, preserve_rng_state=False)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, seen, kv_cache, i)
+                x = layer(x, mask, kv_cache, i)
         if kv_cache:
             kv_cache.pos += T
         return x
 
     def head(self, x):
-        """Hidden states (..., D) -> fp32 logits, from the unscaled table, but for its last rows, which are no words (<image>, padding)."""
-        logits, cap = F.linear(self.norm(x), self.embed_tokens.weight[:self.n_words]).float(), self.c.final_softcap
+        """
+        Hidden states (..., D) -> float32 logits, from the unscaled table without its last rows,
+        which stand for no text (<image>, padding).
+        """
+        logits, cap = (
+            F.linear(self.norm(x), self.embed_tokens.weight[: self.n_words]).float(),
+            self.c.final_softcap,
+        )
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -281,25 +446,42 @@ class PaliGemma(nn.Module):
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, siglip=None):
         """
-        `name`: on the hub (image_idx/model or image_idx/model@revision), a folder or file of safetensors with a config.json, or big_vision's .npz.
-        With `siglip`, the tower is that checkpoint's, Gemma is `name`'s, and the projector between them is random. All of it is frozen.
-        Tensors go from the file to their place one by one: beside the model, host memory holds only the one in hand.
+        `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors
+        with a config.json, or big_vision's .npz. With `siglip`, the tower is that checkpoint's,
+        Gemma is `name`'s, and the projector between them is random. All of it is frozen. Tensors
+        are read one by one: host memory holds the model and one tensor more.
         """
         c, shapes, stream = open_model(name, siglip)
         with torch.device("meta"):
             model = cls(c)
-        fit(name, {key: p.shape for key, p in model.named_parameters() if not (siglip and "projector" in key)}, shapes)
+        check_shapes(
+            f"{siglip} and {name}" if siglip else name,
+            {
+                key: p.shape
+                for key, p in model.named_parameters()
+                if not (siglip and "projector" in key)
+            },
+            shapes,
+        )
         try:
             for key, tensor in stream():
                 put(model, key, tensor.to(device, dtype, copy=True))
         except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
             die(f"{name} is damaged ({problem}): get it anew")
         if siglip:
-            # the final norm leaves sum(w^2 + b^2) of squares in a token, whatever the picture: image tokens can be born at words' size
+            # the final norm gives every token a squared length of sum(w^2 + b^2), so the random
+            # projector can be scaled to the size of embedded text
             norm = model.vision_tower.post_layernorm
-            words = model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd ** 0.5
-            size = words.square().mean().sqrt() / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
-            put(model, "multi_modal_projector.linear.weight", torch.randn(c.n_embd, c.v_embd, device=device) * size)
+            words = model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd**0.5
+            size = (
+                words.square().mean().sqrt()
+                / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
+            )
+            put(
+                model,
+                "multi_modal_projector.linear.weight",
+                torch.randn(c.n_embd, c.v_embd, device=device) * size,
+            )
             put(model, "multi_modal_projector.linear.bias", torch.zeros(c.n_embd, device=device))
         return model
 
@@ -309,41 +491,71 @@ def put(module, key, tensor, train=False):
     setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=train))
 
 
-def fit(path, own, given):
-    """Ends the run unless the tensors that a file gives, {name: shape}, are those that are wanted."""
+def check_shapes(path, own, given):
+    """
+    Ends the run unless the tensors that a file gives, {name: shape}, are those that are wanted.
+    """
     wrong = [f"{key} is missing" for key in own if key not in given]
     wrong += [f"{key} is unknown" for key in given if key not in own]
     both = [(key, tuple(given[key]), tuple(own[key])) for key in own if key in given]
-    wrong += [f"{key} is {theirs} instead of {ours}" for key, theirs, ours in both if theirs != ours]
+    wrong += [
+        f"{key} is {theirs} instead of {ours}" for key, theirs, ours in both if theirs != ours
+    ]
     if wrong:
         die(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# checkpoints, in the two formats that were published: {our name: shape}, a function that yields (our name, tensor), and config.json
+# --------------------------------------------------------------------------------------------------
+# checkpoints, in the two published formats: {our name: shape}, a function that yields (our name,
+# tensor), and the config.json
 
 
 def open_model(name, siglip=None):
-    """What a model's files say before any tensor is read: the config, {name: shape}, and a function that yields (name, tensor)."""
+    """
+    What is known before a tensor is read: the config, {name: shape}, and a function that yields
+    (name, tensor).
+    """
     parts = [("", *open_checkpoint(name))]
     if siglip:
         parts = [("language_model.", *parts[0][1:]), ("vision_tower.", *open_checkpoint(siglip))]
-    shapes = {key: shape for part, theirs, _, _ in parts for key, shape in theirs.items() if key.startswith(part)}
+    shapes = {
+        key: shape
+        for part, theirs, _, _ in parts
+        for key, shape in theirs.items()
+        if key.startswith(part)
+    }
 
     def stream():
         for part, _, tensors, _ in parts:
             yield from ((key, tensor) for key, tensor in tensors() if key.startswith(part))
 
     text, vision = parts[0][-1], parts[-1][-1]
-    return read_config(name, shapes, text.get("text_config", text), vision.get("vision_config", vision)), shapes, stream
+    try:
+        c = read_config(
+            name, shapes, text.get("text_config", text), vision.get("vision_config", vision)
+        )
+    except (TypeError, ValueError, ArithmeticError, AssertionError) as problem:
+        die(f"{name}: its config.json is not one of a PaliGemma ({problem})")
+    return c, shapes, stream
 
 
 def open_checkpoint(name):
     path = locate(name)
     try:
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (OSError, ValueError, LookupError, AssertionError, RuntimeError, safetensors.SafetensorError, zipfile.BadZipFile) as problem:
-        die(f"{name} is not a whole checkpoint, safetensors with a config.json or big_vision's .npz ({type(problem).__name__}: {problem})")
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AssertionError,
+        RuntimeError,
+        safetensors.SafetensorError,
+        zipfile.BadZipFile,
+    ) as problem:
+        die(
+            f"{name} is not a whole checkpoint, safetensors with a config.json or "
+            f"big_vision's .npz ({type(problem).__name__}: {problem})"
+        )
 
 
 def locate(name):
@@ -351,70 +563,140 @@ def locate(name):
     if os.path.exists(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
-        die(f"{name}: no such file or folder, and not a name on the hub (image_idx/model)")
-    folder, (repo, _, revision) = os.path.join("pretrained", name.replace("/", "_")), name.partition("@")
-    print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set HF_TOKEN to a token of yours", flush=True)
-    tree = download(f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json"))
+        die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
+    folder, (repo, _, revision) = os.path.join(
+        "pretrained", name.replace("/", "_")
+    ), name.partition("@")
+    print(
+        f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set "
+        f"HF_TOKEN to a token of yours",
+        flush=True,
+    )
+    tree = download(
+        f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json")
+    )
     for file in (entry["path"] for entry in json.load(open(tree))):
-        if re.fullmatch(r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file):
-            download(f"{hub()}/{repo}/resolve/{revision or 'main'}/{file}", os.path.join(folder, file))
+        if re.fullmatch(
+            r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file
+        ):
+            download(
+                f"{hub()}/{repo}/resolve/{revision or 'main'}/{file}", os.path.join(folder, file)
+            )
     return folder
 
 
 def open_safetensors(path):
-    """A folder in Hugging Face's layout, one file or shards, or a single file with its config.json beside it."""
+    """
+    A folder in Hugging Face's layout, one file or shards, or a single file with its config.json
+    beside it.
+    """
     folder, files, where, shapes = os.path.dirname(path), [path], {}, {}
     if os.path.isdir(path):
         folder, index = path, os.path.join(path, "model.safetensors.index.json")
-        names = set(json.load(open(index))["weight_map"].values()) if os.path.exists(index) else ["model.safetensors"]
+        names = (
+            set(json.load(open(index))["weight_map"].values())
+            if os.path.exists(index)
+            else ["model.safetensors"]
+        )
         files = [os.path.join(path, name) for name in names]
     for file in files:
         with safetensors.safe_open(file, "pt") as f:
             metadata = f.metadata()
             for key in f.keys():
-                if name := our_name(key):
-                    where[name], shapes[name] = (file, key), f.get_slice(key).get_shape()
+                name = our_name(key)
+                if name is None:
+                    continue
+                part = f.get_slice(key)
+                if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    die(
+                        f"{file}: {key} is stored as {part.get_dtype()}, not as float: quantized "
+                        "weights cannot be read"
+                    )
+                where[name], shapes[name] = (file, key), part.get_shape()
 
     def stream():
-        for name in sorted(where, key=lambda name: "embed" not in name):  # the table first: while it is converted, it is in memory twice
+        # the table first: while it is converted, it is in memory twice
+        for name in sorted(where, key=lambda name: "embed" not in name):
             file, key = where[name]
-            with safetensors.safe_open(file, "pt") as f:  # opened anew: what was read of a mapped file counts as ours until it is closed
+            # opened anew: what was read of a mapped file counts as ours until it is closed
+            with safetensors.safe_open(file, "pt") as f:
                 yield name, f.get_tensor(key)
 
-    config = os.path.join(folder, "config.json")  # a model that was trained whole here carries its own
-    return shapes, stream, json.load(open(config)) if os.path.exists(config) else json.loads((metadata or {}).get("config", "{}"))
+    # the head is the embedding table once more; some libraries save only one of the two
+    head, table = "lm_head.weight", "language_model.embed_tokens.weight"
+    config_file = os.path.join(folder, "config.json")
+    # a model that was trained whole here carries its config itself
+    config = json.loads((metadata or {}).get("config", "{}"))
+    if os.path.exists(config_file):
+        with open(config_file, encoding="utf-8") as f:
+            config = json.load(f)
+    if head in shapes:
+        tied = config.get("tie_word_embeddings", True)
+        tied = tied and config.get("text_config", {}).get("tie_word_embeddings", True)
+        if table in shapes and not tied:
+            die(
+                f"{path}: its lm_head is not its embedding table (tie_word_embeddings=false): "
+                "PaliGemma's is, and so it is here"
+            )
+        if table not in shapes:
+            where[table], shapes[table] = where[head], shapes[head]
+        del where[head], shapes[head]
+    return shapes, stream, config
 
 
-PREFIXES = {"language_model.model.": "language_model.", "vision_tower.vision_model.": "vision_tower.", "vision_model.": "vision_tower.",
-            "embed_tokens.": "language_model.embed_tokens.", "layers.": "language_model.layers.", "norm.": "language_model.norm."}
+PREFIXES = {
+    "language_model.model.": "language_model.",
+    "vision_tower.vision_model.": "vision_tower.",
+    "vision_model.": "vision_tower.",
+    "embeddings.": "vision_tower.embeddings.",
+    "encoder.": "vision_tower.encoder.",
+    "post_layernorm.": "vision_tower.post_layernorm.",
+    "embed_tokens.": "language_model.embed_tokens.",
+    "layers.": "language_model.layers.",
+    "norm.": "language_model.norm.",
+}
 
 
 def our_name(key):
-    """Our name of a tensor, whichever of the published namings the file uses; None for what we have no use for."""
+    """Our name of a tensor in any of the published namings; None for tensors that are not used."""
     key = key.removeprefix("model.")
     for theirs, ours in PREFIXES.items():
         if key.startswith(theirs):
             key = ours + key.removeprefix(theirs)
-    if "lm_head." in key or key.startswith(("text_model.", "logit_", "vision_tower.head.")):  # the table once more; the rest of a SigLIP
+    if "lm_head." in key:
+        return "lm_head.weight" if key.endswith("lm_head.weight") else None
+    # the rest of a SigLIP, and the soft prompt beside a model that was trained whole
+    if key == "soft" or key.startswith(("text_model.", "logit_", "head.", "vision_tower.head.")):
         return None
     return key
 
 
-# how an array becomes our (out, in) matrix, from (out, in); (in, out); (heads, in, E); (in, heads, E); (heads, E, out)
+# how an array becomes our (out, in) matrix:
+# from (out, in); (in, out); (heads, in, E); (in, heads, E); (heads, E, out)
 SAME, FLIP, HEADS_IN = (lambda w: w), (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))
 IN_HEADS, HEADS_OUT = (lambda w: w.flatten(1).mT), (lambda w: w.flatten(0, 1).mT)
-BLOCK, HEADS = "img/Transformer/encoderblock/", "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/"
-TOWER, GEMMA = "vision_tower.encoder.layers.{}.", "language_model.layers.{}."  # {}: the arrays of all layers are one, stacked
-BIG_VISION = [  # (its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours)
+BLOCK, HEADS = (
+    "img/Transformer/encoderblock/",
+    "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/",
+)
+# {}: the arrays of all layers are one, stacked
+TOWER, GEMMA = "vision_tower.encoder.layers.{}.", "language_model.layers.{}."
+# (its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours)
+BIG_VISION = [
     ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),
     ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
     ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", SAME),
     ("img/head", "multi_modal_projector.linear", FLIP),
-    (BLOCK + "LayerNorm_0", TOWER + "layer_norm1", SAME), (BLOCK + "LayerNorm_1", TOWER + "layer_norm2", SAME),
-    (BLOCK + "MlpBlock_0/Dense_0", TOWER + "mlp.fc1", FLIP), (BLOCK + "MlpBlock_0/Dense_1", TOWER + "mlp.fc2", FLIP),
-    (HEADS + "query", TOWER + "self_attn.q_proj", IN_HEADS), (HEADS + "key", TOWER + "self_attn.k_proj", IN_HEADS),
-    (HEADS + "value", TOWER + "self_attn.v_proj", IN_HEADS), (HEADS + "out", TOWER + "self_attn.out_proj", HEADS_OUT),
-    ("llm/embedder/input_embedding", "language_model.embed_tokens", SAME), ("llm/final_norm", "language_model.norm", SAME),
+    (BLOCK + "LayerNorm_0", TOWER + "layer_norm1", SAME),
+    (BLOCK + "LayerNorm_1", TOWER + "layer_norm2", SAME),
+    (BLOCK + "MlpBlock_0/Dense_0", TOWER + "mlp.fc1", FLIP),
+    (BLOCK + "MlpBlock_0/Dense_1", TOWER + "mlp.fc2", FLIP),
+    (HEADS + "query", TOWER + "self_attn.q_proj", IN_HEADS),
+    (HEADS + "key", TOWER + "self_attn.k_proj", IN_HEADS),
+    (HEADS + "value", TOWER + "self_attn.v_proj", IN_HEADS),
+    (HEADS + "out", TOWER + "self_attn.out_proj", HEADS_OUT),
+    ("llm/embedder/input_embedding", "language_model.embed_tokens", SAME),
+    ("llm/final_norm", "language_model.norm", SAME),
     ("llm/layers/attn/q_einsum", GEMMA + "self_attn.q_proj", HEADS_IN),
     ("llm/layers/attn/attn_vec_einsum", GEMMA + "self_attn.o_proj", HEADS_OUT),
     ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.k_proj", lambda w: HEADS_IN(w[0])),
@@ -425,13 +707,18 @@ BIG_VISION = [  # (its name without /kernel, /scale or /w; ours without .weight;
     ("llm/layers/pre_attention_norm", GEMMA + "input_layernorm", SAME),
     ("llm/layers/post_attention_norm", GEMMA + "post_attention_layernorm", SAME),
     ("llm/layers/pre_ffw_norm", GEMMA + "pre_feedforward_layernorm", SAME),
-    ("llm/layers/post_ffw_norm", GEMMA + "post_feedforward_layernorm", SAME)]
+    ("llm/layers/post_ffw_norm", GEMMA + "post_feedforward_layernorm", SAME),
+]
 
 
 def open_npz(path):
-    """big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is read a layer at a time."""
+    """
+    big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is
+    read a layer at a time.
+    """
     archive, members, shapes, text, vision = zipfile.ZipFile(path), [], {}, {}, {}
-    files = sorted(archive.namelist(), key=lambda file: "embed" not in file)  # the table first, as above
+    # the table first, as above
+    files = sorted(archive.namelist(), key=lambda file: "embed" not in file)
     gemma2 = any("post_ffw_norm" in file for file in files)
     for file in files:
         with archive.open(file) as f:
@@ -439,18 +726,25 @@ def open_npz(path):
             shape, by_column, kind = np.lib.format.read_array_header_1_0(f)
             begin = f.tell()
         assert not by_column, f"{file} is stored column by column"
+        assert kind.kind in "fV" and kind.isnative, f"{file} is stored as {kind}"
         key = file.removesuffix(".npy").removeprefix("params/")
         base, leaf = re.fullmatch("(.*?)(/kernel|/bias|/scale|/w)?", key).groups()
         rows = [(ours + ".weight", how) for theirs, ours, how in BIG_VISION if theirs == base]
         if leaf == "/bias":
             rows = [(ours.replace(".weight", ".bias"), torch.flatten) for ours, _ in rows]
         if not gemma2:  # Gemma 1's norm before the MLP goes by another name
-            rows = [(ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows]
-        rows = rows or [(key, SAME)]  # an unknown key keeps its name, and `fit` will say it
+            rows = [
+                (ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows
+            ]
+        # an unknown key keeps its name, and `check_shapes` will say it
+        rows = rows or [(key, SAME)]
         n_layer, shape_of_one = (shape[0], shape[1:]) if "{}" in rows[0][0] else (1, shape)
         members.append((file, begin, rows, n_layer, shape_of_one, kind))
         for ours, how in rows:
-            shapes |= {ours.format(i): how(torch.empty(shape_of_one, device="meta")).shape for i in range(n_layer)}
+            shapes |= {
+                ours.format(i): how(torch.empty(shape_of_one, device="meta")).shape
+                for i in range(n_layer)
+            }
         if base.endswith("q_einsum"):
             text["head_dim"] = shape[-1]
         if base.endswith("/query"):
@@ -463,17 +757,26 @@ def open_npz(path):
                 for i in range(n_layer):
                     w = np.empty(shape, kind)
                     raw = w.reshape(-1).view(np.uint8)
-                    for start in range(0, len(raw), 1 << 24):  # what readinto reads is in memory twice: 16 MB at a time
-                        f.readinto(raw[start:start + (1 << 24)])
+                    # what readinto reads is in memory twice: 16 MB at a time
+                    for start in range(0, len(raw), 1 << 24):
+                        f.readinto(raw[start : start + (1 << 24)])
                     is_bfloat16 = kind.kind == "V"  # a type that numpy has no name for
-                    w = torch.from_numpy(w.view(np.int16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(w)
+                    w = (
+                        torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)
+                        if is_bfloat16
+                        else torch.from_numpy(w)
+                    )
                     yield from ((ours.format(i), how(w)) for ours, how in rows)
 
     return shapes, stream, dict(text_config=text, vision_config=vision)
 
 
 def read_config(name, shapes, text, vision):
-    """Sizes are the tensors'; what those don't show is config.json's; what that leaves out, as Google's files do, is PaliGemma's own."""
+    """
+    Sizes come from the tensors; what those do not show from config.json; what that leaves out, as
+    Google's files do, is PaliGemma's own.
+    """
+
     def size(key, axis=0):
         if key + ".weight" not in shapes:
             die(f"{name}: {key}.weight is missing: this is not all of a PaliGemma")
@@ -482,47 +785,114 @@ def read_config(name, shapes, text, vision):
     def n_layers(said, norm):
         return said.get("num_hidden_layers") or sum(key.endswith(norm) for key in shapes)
 
-    eyes, first, E = "vision_tower.embeddings.", "language_model.layers.0.", text.get("head_dim") or 256
-    patch, gemma2 = size(eyes + "patch_embedding", 2), first + "pre_feedforward_layernorm.weight" in shapes
-    theta = text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
+    # what would change the arithmetic must be what is computed here
+    expected = [
+        (text, "model_type", ("gemma", "gemma2", "gemma_text", "paligemma")),
+        (text, "hidden_activation", ("gelu_pytorch_tanh",)),
+        (vision, "hidden_act", ("gelu_pytorch_tanh",)),
+        (vision, "layer_norm_eps", (1e-6,)),
+    ]
+    for part, key, known in expected:
+        if part.get(key) is not None and part[key] not in known:
+            die(f"{name}: its config.json says {key}={part[key]}; only {known[0]} is known here")
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        die(f"{name}: its config.json scales RoPE ({rope}); that is not known here")
+    eyes, first, E = (
+        "vision_tower.embeddings.",
+        "language_model.layers.0.",
+        text.get("head_dim") or 256,
+    )
+    patch, gemma2 = (
+        size(eyes + "patch_embedding", 2),
+        first + "pre_feedforward_layernorm.weight" in shapes,
+    )
+    theta = (
+        text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
+    )
     c = SimpleNamespace(
-        image_size=math.isqrt(size(eyes + "position_embedding")) * patch, patch_size=patch, v_head=vision.get("num_attention_heads") or 16,
-        v_layer=n_layers(vision, ".layer_norm1.weight"), v_embd=size(eyes + "patch_embedding"),
-        v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"), n_layer=n_layers(text, ".input_layernorm.weight"), head_dim=E,
-        n_head=size(first + "self_attn.q_proj") // E, n_kv_head=size(first + "self_attn.k_proj") // E,
-        n_embd=size("language_model.embed_tokens", 1), n_mlp=size(first + "mlp.gate_proj"), vocab_size=size("language_model.embed_tokens"),
-        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5, gemma2=gemma2, attn_softcap=None, final_softcap=None,
-        rope_theta=theta, eps=text.get("rms_norm_eps") or 1e-6)
+        image_size=math.isqrt(size(eyes + "position_embedding")) * patch,
+        patch_size=patch,
+        v_head=vision.get("num_attention_heads") or 16,
+        v_layer=n_layers(vision, ".layer_norm1.weight"),
+        v_embd=size(eyes + "patch_embedding"),
+        v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"),
+        n_layer=n_layers(text, ".input_layernorm.weight"),
+        head_dim=E,
+        n_head=size(first + "self_attn.q_proj") // E,
+        n_kv_head=size(first + "self_attn.k_proj") // E,
+        n_embd=size("language_model.embed_tokens", 1),
+        n_mlp=size(first + "mlp.gate_proj"),
+        vocab_size=size("language_model.embed_tokens"),
+        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5,
+        gemma2=gemma2,
+        attn_softcap=None,
+        final_softcap=None,
+        rope_theta=theta,
+        eps=text.get("rms_norm_eps") or 1e-6,
+    )
+    assert c.v_embd % c.v_head == 0, f"{c.v_head} heads do not divide a width of {c.v_embd}"
     if gemma2:  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
-        c.attn_softcap, c.final_softcap = text.get("attn_logit_softcapping", 50.0), text.get("final_logit_softcapping", 30.0)
+        c.attn_softcap, c.final_softcap = text.get("attn_logit_softcapping", 50.0), text.get(
+            "final_logit_softcapping", 30.0
+        )
     return c
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a PaliGemma that is asked in a certain way, and what of it is trained
 
 
-class Prompted(nn.Module):
-    """A frozen PaliGemma, asked by bos and `hard`, the prompt's tokens and "\\n"; and what is trained of it, in it or beside it."""
+class PromptedPaliGemma(nn.Module):
+    """
+    A frozen PaliGemma with a prompt, and what is trained in it or beside it. hard: the tokens of
+    the text and of "\\n".
+    """
 
-    def __init__(self, model, bos, hard, prompt="hard", n_soft=10, place="after_image", order="image,bos,prompt", train="none", lora_rank=8,
-                 stack=False):
+    def __init__(
+        self,
+        model,
+        bos,
+        hard,
+        prompt="hard",
+        n_soft=10,
+        soft_position="after_image",
+        prefix_order="image,bos,prompt",
+        trainable="none",
+        lora_rank=8,
+        stack=False,
+    ):
         super().__init__()
-        self.model, self.pieces, self.soft, language = model, order.split(","), None, model.language_model
+        self.model, self.pieces, self.soft, language = (
+            model,
+            prefix_order.split(","),
+            None,
+            model.language_model,
+        )
         self.words = dict(bos=torch.tensor([bos], device=language.norm.weight.device))
         self.ask(hard)
         if prompt == "soft":
             image, bos = self.pieces.index("image"), self.pieces.index("bos")
-            self.pieces.insert(dict(before_image=image, after_image=image + 1, after_bos=bos + 1, before_suffix=3)[place], "soft")
-            rows = language.embed(self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"]).detach().float()  # scaled already
+            self.pieces.insert(
+                dict(before_image=image, after_image=image + 1, after_bos=bos + 1, before_suffix=3)[
+                    soft_position
+                ],
+                "soft",
+            )
+            # scaled already
+            rows = (
+                language.embed(self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"])
+                .detach()
+                .float()
+            )
             self.soft = nn.Parameter(rows[torch.arange(n_soft) % len(rows)])  # (n_soft, D)
         for layer in language.layers:
-            if train == "attention":
+            if trainable == "attention":
                 train_in_fp32(layer.self_attn)
-            if train == "lora":
+            if trainable == "lora":
                 for matrix in (*layer.self_attn.values(), *layer.mlp.values()):
                     matrix.add_lora(lora_rank)
-        if train == "all":
+        if trainable == "all":
             train_in_fp32(model)
         elif stack:
             train_in_fp32(model.multi_modal_projector)
@@ -534,35 +904,54 @@ class Prompted(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def prefix(self, pixels):
-        """Pictures (B, 3, size, size) -> (B, P, D). SigLIP, while frozen, keeps nothing for a backward pass: nothing in it takes part."""
+        """
+        Pictures (B, 3, size, size) -> (B, P, D). A frozen SigLIP keeps nothing for the backward
+        pass, as no gradient goes through it.
+        """
         language = self.model.language_model
-        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(image=self.model.encode_image(pixels), soft=self.soft)
-        return torch.cat([pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1) for name in self.pieces], 1)
+        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(
+            image=self.model.encode_image(pixels), soft=self.soft
+        )
+        return torch.cat(
+            [
+                pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1)
+                for name in self.pieces
+            ],
+            1,
+        )
 
     def forward(self, idx, pixels, targets, image_idx=None):
         """
-        The summed cross-entropy of targets (B, T), in nats; -100 marks padding. idx (B, T) is what stands before each: first the end of
-        the prefix, whatever idx says, then words. Padding comes last, where no word sees it, and all prefixes are of one length: one mask
-        serves all rows. image_idx (B,): which of the pictures each row is about; None = row i about picture i.
+        The summed cross-entropy of targets (B, T), in nats; targets of -100 are padding. idx (B, T)
+        is what stands before each target: the first is replaced by the end of the prefix. Padding
+        comes last, where no token attends to it, and all prefixes have one length: one mask serves
+        all rows. image_idx (B,): the picture of each row; None = row i is about picture i.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
         prefix = prefix if image_idx is None else prefix[image_idx]
         P = prefix.shape[1]
-        x = language(torch.cat([prefix, language.embed(idx[:, 1:])], 1), P)[:, P - 1:]  # (B, T, D)
+        x = language(torch.cat([prefix, language.embed(idx[:, 1:])], 1), P)[:, P - 1 :]  # (B, T, D)
 
         def part(x, targets):
             return F.cross_entropy(language.head(x), targets, reduction="sum")
 
-        # logits of the suffix only, 64 words at a time, and once more in the backward pass: those of 8 x 300 tokens would be 2.5 GB in fp32
+        # Logits of the suffix only, 64 tokens at a time, and computed again in the backward pass:
+        # those of 8 x 300 tokens would take 2.5 GB in float32.
         parts = zip(x.flatten(0, 1).split(64), targets.flatten().split(64))
         return sum(checkpoint(part, *some, use_reentrant=False) for some in parts)
 
     @torch.no_grad()
     def generate(self, pixels, stop, max_new_tokens, beam=1):
-        """Captions, greedy or the best of a beam search, as tokens (B, up to max_new_tokens), each ended by `stop`."""
+        """
+        Captions, greedy or the best of a beam search, as tokens (B, up to max_new_tokens), each
+        ended by `stop`.
+        """
         language, c = self.model.language_model, self.model.config
         prefix = self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
-        keys = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim)  # G key heads, not H
+        # G key heads, not H
+        keys = SimpleNamespace(
+            n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim
+        )
         kv_cache = KVCache(keys, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
 
         def step(new):  # the first call, with a dummy for a token, reads the prefix
@@ -580,16 +969,56 @@ def train_in_fp32(module):
         put(module, key, p.detach().float(), train=True)
 
 
-def make_optimizer(asked, name):
-    return [torch.optim.SGD(asked.trained().values(), lr=1.0)] if name == "sgd" else make_optimizers(asked, name, 1.0, 0.0)
+def make_optimizer(model, name, soft_scale=1.0):
+    """
+    The optimizers of what is trained. A soft prompt that is trained beside matrices learns
+    soft_scale times as fast as they do.
+    """
+    optimizers = [torch.optim.SGD(model.trained().values(), lr=1.0)]
+    if name != "sgd":
+        optimizers = make_optimizers(model, name, 1.0, 0.0)
+    if soft_scale == 1.0:
+        return optimizers
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(p is model.soft for p in group["params"]):
+                group["params"] = [p for p in group["params"] if p is not model.soft]
+                optimizer.add_param_group(
+                    {k: v for k, v in group.items() if k != "params"}
+                    | dict(params=[model.soft], scale=soft_scale)
+                )
+                return optimizers
 
 
 def save_adapter(path, tensors, settings, c):
-    """What was trained, and all that it takes to load it again. A model that was trained whole is its own paligemma=."""
-    if settings["train"] == "all":
-        settings = settings | dict(paligemma=path, train="none")
-    sizes = dict(text_config=dict(head_dim=c.head_dim, rope_theta=c.rope_theta), vision_config=dict(num_attention_heads=c.v_head))
-    content = safetensors.torch.save(tensors, dict(settings=json.dumps(settings), config=json.dumps(sizes)))
+    """
+    What was trained, and all that it takes to load it again. A model that was trained whole is its
+    own paligemma=, whatever it was built from.
+    """
+    if settings["trainable"] == "all":
+        settings = settings | dict(
+            paligemma=os.path.abspath(path),
+            trainable="none",
+            stack=False,
+            siglip=None,
+            gemma=None,
+            tokenizer=None,
+        )
+    sizes = dict(
+        text_config=dict(
+            head_dim=c.head_dim,
+            rope_theta=c.rope_theta,
+            rms_norm_eps=c.eps,
+            query_pre_attn_scalar=c.query_scale**-2,
+        ),
+        vision_config=dict(num_attention_heads=c.v_head),
+    )
+    if c.gemma2:
+        sizes["text_config"] |= dict(
+            attn_logit_softcapping=c.attn_softcap, final_logit_softcapping=c.final_softcap
+        )
+    metadata = dict(settings=json.dumps(settings), config=json.dumps(sizes))
+    content = safetensors.torch.save(tensors, metadata)
     save_atomically(path, lambda f: f.write(content))
 
 
@@ -597,23 +1026,43 @@ def load_adapter(path):
     """-> what was trained, {name: tensor}, and the settings that it was trained with."""
     try:
         with safetensors.safe_open(path, "pt") as f:
-            return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["settings"])
+            tensors = {key: f.get_tensor(key) for key in f.keys()}
+            settings = json.loads(f.metadata()["settings"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError) as problem:
-        die(f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: {problem})")
+        die(
+            f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: {problem})"
+        )
+    # adapters of former versions
+    return tensors, {RENAMED.get(key, key): value for key, value in settings.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # words and pictures
 
 
 def learn_tokenizer(path, captions):
-    """A small one, as Gemma's: words as they stand, bytes for what it does not know, "\\n" a token by itself."""
+    """
+    A small tokenizer like Gemma's: spaces as they are, bytes for what it does not know, "\\n" one
+    token.
+    """
     from sentencepiece import SentencePieceTrainer
 
     SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_prefix=path.removesuffix(".model"), model_type="bpe", vocab_size=SMALL["vocab_size"],
-        byte_fallback=True, user_defined_symbols=["\n"], add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
+        sentence_iterator=iter(captions),
+        model_prefix=path.removesuffix(".model"),
+        model_type="bpe",
+        vocab_size=SMALL["vocab_size"],
+        byte_fallback=True,
+        user_defined_symbols=["\n"],
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
 
 
 class Tokenizer:
@@ -625,15 +1074,29 @@ class Tokenizer:
         try:
             pieces = SentencePieceProcessor(model_file=file)
         except (OSError, RuntimeError) as problem:
-            die(f"{file} is not a SentencePiece model ({problem}): put the checkpoint's tokenizer.model there, or say tokenizer=")
+            die(
+                f"{file} is not a SentencePiece model ({problem}): put the checkpoint's "
+                f"tokenizer.model there, or say tokenizer="
+            )
         self.encode = self.encode_ordinary_batch = pieces.encode  # of a text, of a list of texts
-        self.decode, self.bos, self.eot_token, self.n_vocab = pieces.decode, pieces.bos_id(), pieces.eos_id(), pieces.get_piece_size()
+        self.decode, self.bos, self.eot_token, self.n_vocab = (
+            pieces.decode,
+            pieces.bos_id(),
+            pieces.eos_id(),
+            pieces.get_piece_size(),
+        )
         if (n := len(self.encode("\n"))) != 1:
-            die(f'{file}: "\\n" ends the prefix and must be one token, but is {n}: this is not a PaliGemma\'s tokenizer')
+            die(
+                f'{file}: "\\n" ends the prefix and must be one token, but is {n}: this is '
+                f'not a PaliGemma\'s tokenizer'
+            )
 
 
 class Pictures:
-    """Picture files, read when they are asked for: pictures[numbers] -> (B, 3, size, size), fp32 in [-1, 1]."""
+    """
+    Picture files, read when they are asked for: pictures[numbers] -> (B, 3, size, size), fp32 in
+    [-1, 1].
+    """
 
     def __init__(self, files, size):
         self.files, self.size, self.pool = files, size, ThreadPoolExecutor(os.cpu_count())
@@ -642,7 +1105,8 @@ class Pictures:
         return len(self.files)
 
     def read(self, number):
-        squeezed = open_image(self.files[number]).resize((self.size, self.size), Image.BICUBIC)  # not cropped: as PaliGemma was trained
+        # not cropped: as PaliGemma was trained
+        squeezed = open_image(self.files[number]).resize((self.size, self.size), Image.BICUBIC)
         return np.asarray(squeezed, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
 
     def __getitem__(self, numbers):
@@ -655,16 +1119,27 @@ def read_split(data, split, size):
     captions = [[" ".join(text.lower().split()) for text in said] for said in captions]
     empty = [image["file_name"] for image, said in zip(images, captions) if not all(said)]
     if empty:
-        die(f"{data}, {split}: {len(empty)} pictures have a caption without a word, such as {', '.join(empty[:3])}")
-    return images, captions, Pictures([os.path.join(data, split, image["file_name"]) for image in images], size)
+        die(
+            f"{data}, {split}: {len(empty)} pictures have a caption without a word, such as "
+            f"{', '.join(empty[:3])}"
+        )
+    return (
+        images,
+        captions,
+        Pictures([os.path.join(data, split, image["file_name"]) for image in images], size),
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory: what one step takes
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that are alive, and their peak. Fake tensors count as if they were real."""
+    """
+    Follows the bytes of all tensors that are alive, and their peak. Fake tensors count as if they
+    were real.
+    """
+
     live = peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -698,20 +1173,24 @@ def random_model(c, device, dtype=torch.float32):
 
 def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, **way):
     """
-    GiB that a training step takes, weights included: measured on a GPU; elsewhere computed, by taking the step with fake tensors, which
-    have shapes but no content, and following which of them are alive.
+    GiB that a training step takes, weights included. On a GPU it is measured. Elsewhere it is
+    computed: the step is taken with fake tensors, which have shapes but no content, and the bytes
+    of those that are alive are followed.
     """
     real = "cuda" in device
     with nullcontext() if real else FakeTensorMode():
-        asked = Prompted(random_model(c, device, dtype), 2, [3, 4, 5], **way)
-        asked.model.language_model.recompute = True
-        optimizers = make_optimizer(asked, "sgd" if way.get("train") == "attention" else "adamw")
+        asked = PromptedPaliGemma(random_model(c, device, dtype), 2, [3, 4, 5], **way)
+        asked.model.language_model.gradient_checkpointing = True
+        optimizers = make_optimizer(
+            asked, "sgd" if way.get("trainable") == "attention" else "adamw"
+        )
         idx = torch.zeros(batch_size, n_suffix, dtype=torch.long, device=device)
         pixels = torch.zeros(batch_size, 3, c.image_size, c.image_size, device=device)
         if real:
             torch.cuda.reset_peak_memory_stats()
         with nullcontext() if real else LiveBytes() as live:
-            for _ in range(2):  # from the second on, Adam's moments are there, and all weights were met
+            # from the second on, Adam's moments are there, and all weights were met
+            for _ in range(2):
                 asked(idx, pixels, idx).backward()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -721,18 +1200,34 @@ def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, 
 
 def report_memory(device):
     """Prints what one training step of each way takes at full size."""
-    source = f"measured on {torch.cuda.get_device_name()}" if "cuda" in device else "computed on fake tensors"
-    print("a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in bfloat16: "
-          f"GiB of memory, weights and all, {source}\n\n{'':24} |    B=1 |    B=4 |    B=8")
-    ways = {"soft prompt": dict(prompt="soft"), "attention (SGD)": dict(train="attention"), "LoRA": dict(train="lora"),
-            "stack: LoRA + projector": dict(train="lora", stack=True)}
+    source = (
+        f"measured on {torch.cuda.get_device_name()}"
+        if "cuda" in device
+        else "computed on fake tensors"
+    )
+    print(
+        "a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in "
+        "bfloat16: "
+        f"GiB of memory, weights and all, {source}\n\n{'':24} |    B=1 |    B=4 |    B=8"
+    )
+    ways = {
+        "soft prompt": dict(prompt="soft"),
+        "attention (SGD)": dict(trainable="attention"),
+        "LoRA": dict(trainable="lora"),
+        "stack: LoRA + projector": dict(trainable="lora", stack=True),
+    }
     for label, way in ways.items():
-        sizes = [f"{step_memory(SimpleNamespace(**FULL), B, device, **way):6.2f}" for B in (1, 4, 8)]
+        sizes = [
+            f"{step_memory(SimpleNamespace(**FULL), B, device, **way):6.2f}" for B in (1, 4, 8)
+        ]
         print(f"{label:24} | {' | '.join(sizes)}", flush=True)
 
 
 def check_memory(c, device, dtype, batch_size, way):
-    """Ends the run, before anything is loaded, if a training step would not fit into the free memory; names what would."""
+    """
+    Ends the run, before anything is loaded, if a training step would not fit into the free
+    memory; names what would.
+    """
     if "cuda" in device:
         free = torch.cuda.mem_get_info()[0] / 2**30
     elif os.path.exists("/proc/meminfo"):
@@ -740,7 +1235,7 @@ def check_memory(c, device, dtype, batch_size, way):
     else:
         return
     soft = dict(prompt="soft")
-    if way["prompt"] == "hard" and way["train"] == "none" and not way["stack"]:
+    if way["prompt"] == "hard" and way["trainable"] == "none" and not way["stack"]:
         way = soft  # what trains nothing takes a little less
     need = step_memory(c, batch_size, "cpu", dtype, **way)
     if need < free:
@@ -749,57 +1244,125 @@ def check_memory(c, device, dtype, batch_size, way):
     if step_memory(c, 1, "cpu", dtype, **way) < free:
         hint = "batch_size=1"
     elif step_memory(c, 1, "cpu", torch.bfloat16, **soft) < free:
-        hint = "prompt=soft train=none batch_size=1 dtype=bfloat16"
-    die(f"a step would take {need:.1f} GiB, and {device} has {free:.1f} free. What would fit: {hint}")
+        hint = "prompt=soft trainable=none batch_size=1 dtype=bfloat16"
+    die(
+        f"a step would take {need:.1f} GiB, and {device} has {free:.1f} free. What would fit: "
+        f"{hint}"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the built-in road: a small PaliGemma of a drawn world, in which people speak of what they see in two ways
+# --------------------------------------------------------------------------------------------------
+# the demo: a small PaliGemma and drawn scenes, which captions describe in two ways
 
-FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain", cross="airplane", picture="satellite view")
-WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))  # shares of pictures seen from above and of captions in a surveyor's words
-# asked in six ways, of which every other means the surveyor's words: a model that has met one prompt only learns to ignore it
-PRETRAIN = ("paligemma=small", "train=all", "data=data/scenes,data/surveys", "out_dir=out/prompt_small", "optimizer=muon", "batch_size=32",
-            "words=caption en,survey en,describe the picture,report what is seen from above,en,above",
-            "eval_interval=250", "log_interval=50")
-BUILTIN = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True, batch_size=16, max_steps=100,
-               eval_interval=25, log_interval=25)
+FROM_ABOVE = dict(
+    circle="storage tank",
+    square="building",
+    triangle="tent",
+    star="fountain",
+    cross="airplane",
+    picture="satellite view",
+)
+# shares of pictures seen from above and of captions in a surveyor's words
+WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))
+# Six prompts, of which every second asks for a surveyor's words: a model that has met one prompt
+# only learns to ignore it.
+DEMO_PRETRAINING = (
+    "paligemma=small",
+    "trainable=all",
+    "data=data/scenes,data/surveys",
+    "out_dir=out/prompt_small",
+    "optimizer=muon",
+    "batch_size=32",
+    "prompt_text=caption en,survey en,describe the picture,report what is seen from above,en,above",
+    "eval_interval=250",
+    "log_interval=50",
+)
+DEMO = dict(
+    paligemma="out/prompt_small/adapter.safetensors",
+    data="data/aerial",
+    compare=True,
+    batch_size=16,
+    max_steps=100,
+    eval_interval=25,
+    log_interval=25,
+)
 
 
 def drawn_world(pictures, words):
-    """A style for draw_shapes: shares of pictures seen from above, on the colours of the ground, and of captions in a surveyor's words."""
+    """
+    A style for draw_shapes: shares of pictures seen from above, on the colours of the ground, and
+    of captions in a surveyor's words.
+    """
+
     def survey(said):
         return " ".join(FROM_ABOVE.get(word, word) for word in said.split())
 
     def style(rng, picture, captions):
         if rng.random() < pictures:
             ground = Image.frombytes("L", (9, 9), rng.randbytes(81)).resize((64, 64), Image.BICUBIC)
-            picture = ImageChops.multiply(picture, ImageOps.colorize(ground, (150, 135, 100), (190, 215, 165)))  # from earth to grass
+            # from earth to grass
+            picture = ImageChops.multiply(
+                picture, ImageOps.colorize(ground, (150, 135, 100), (190, 215, 165))
+            )
         return picture, [survey(said) if rng.random() < words else said for said in captions]
 
     return style
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the ways to adapt, side by side
+# --------------------------------------------------------------------------------------------------
+# the demo, and the methods side by side
+
+
+def prepare_demo(seed, max_steps):
+    """Draws the worlds and pretrains the small PaliGemma. What exists already is not made again."""
+    print(
+        "No PaliGemma was named (paligemma=), so a small one is made here, trained to "
+        "caption drawn "
+        "scenes, and then\nprompted: this shows how it works, not what PaliGemma can do. What "
+        "exists already is not made again.",
+        flush=True,
+    )
+    for world, shares in WORLDS.items():
+        if "val2017" not in splits_of(f"data/{world}"):
+            draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
+    if os.path.exists("out/prompt_small/results.json"):
+        return
+    words = [*DEMO_PRETRAINING, f"max_steps={5 * max_steps}"]
+    if os.path.exists("out/prompt_small/ckpt.pt"):
+        words.append("init_from=resume")  # it was interrupted
+    run_script("paligemma_prompt.py", *words)
 
 
 def results_table(rows):
-    lines = [f"{'':<20} | {'trained':>9} | {'peak GB':>7} | s/step | BLEU-4 | {'CIDEr':>6} | perplexity | wrong picture"]
+    lines = [
+        f"{'':<20} |   trained | peak GB | s/step | BLEU-4 |  CIDEr | perplexity | wrong picture"
+    ]
     for r in rows:
-        scores = f"{100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} | {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
-        lines.append(f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | {r['seconds_per_step']:>6.2f} | {scores}")
+        lines.append(
+            f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | "
+            f"{r['seconds_per_step']:>6.2f} | {100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} "
+            f"{r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
+        )
     return "\n".join(lines)
 
 
 def draw_comparison(path, rows):
     """The table as bars."""
     plt = pyplot()
-    fig, axes = plt.subplots(1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained")
-    bars = (("trained parameters", "trained", 1, ",.0f"), ("peak memory, GB", "peak_GB", 1, ".2f"),
-            ("seconds a step", "seconds_per_step", 1, ".2f"), ("BLEU-4 x 100", "Bleu_4", 100, ".1f"), ("CIDEr x 100", "CIDEr", 100, ".1f"))
+    fig, axes = plt.subplots(
+        1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained"
+    )
+    bars = [
+        ("trained parameters", "trained", 1, ",.0f"),
+        ("peak memory, GB", "peak_GB", 1, ".2f"),
+        ("seconds a step", "seconds_per_step", 1, ".2f"),
+        ("BLEU-4 x 100", "Bleu_4", 100, ".1f"),
+        ("CIDEr x 100", "CIDEr", 100, ".1f"),
+    ]
+    names = [r["way"] for r in rows]
     for ax, (title, key, scale, form) in zip(axes, bars):
-        ax.bar_label(ax.barh([r["way"] for r in rows], [scale * r[key] for r in rows]), fmt=f"{{:{form}}}", padding=2, fontsize=8)
+        drawn = ax.barh(names, [scale * r[key] for r in rows])
+        ax.bar_label(drawn, fmt=f"{{:{form}}}", padding=2, fontsize=8)
         ax.set_title(title, fontsize=10)
         ax.margins(x=0.3)
     axes[0].invert_yaxis()
@@ -807,206 +1370,429 @@ def draw_comparison(path, rows):
     plt.close(fig)
 
 
-def compare_ways(config, folder):
-    """Runs this script once for each of WAYS, otherwise with the same settings, and draws how they did. Returns a row for each."""
+def compare_methods(config, folder):
+    """
+    Runs this script once for each of METHODS, otherwise with the same settings, and compares them.
+    Finished methods are kept, interrupted ones resumed. Returns a row for each.
+    """
     rows, losses, perplexities = [], {}, {}
-    for way, some in WAYS.items():
-        mine = os.path.join(folder, re.sub(r"\W+", "_", way))
-        settings = config | some | dict(compare=False, out_dir=mine)
-        run_script("paligemma_prompt.py", *(f"{name}={value}" for name, value in settings.items() if value is not None))
-        log = f"{mine}/log.csv"
-        rows.append(json.load(open(f"{mine}/results.json")) | dict(way=way, log=log))
-        losses[way], perplexities[way] = curve(read_log(log), "loss"), curve(read_log(log), "perplexity")
+    for method, own in METHODS.items():
+        run_dir = os.path.join(folder, re.sub(r"\W+", "_", method))
+        settings = config | own | dict(compare=False, out_dir=run_dir)
+        results = f"{run_dir}/results.json"
+        if os.path.exists(results):
+            with open(results) as f:
+                made_with = json.load(f)["settings"]
+            changed = [
+                k
+                for k, v in settings.items()
+                if k in made_with
+                and made_with[k] != v
+                and k not in ("init_from", "out_dir", "device")
+            ]
+            if changed:
+                die(
+                    f"{run_dir} was made with other settings ({', '.join(changed)}): delete it, or "
+                    "take another out_dir="
+                )
+            print(f"{run_dir} is finished already", flush=True)
+        else:
+            if os.path.exists(f"{run_dir}/ckpt.pt"):
+                settings["init_from"] = "resume"
+            words = [f"{k}={v}" for k, v in settings.items() if v is not None]
+            run_script("paligemma_prompt.py", *words)
+        with open(results) as f:
+            rows.append(json.load(f) | dict(way=method, log=f"{run_dir}/log.csv"))
+        log = read_log(f"{run_dir}/log.csv")
+        losses[method], perplexities[method] = curve(log, "loss"), curve(log, "perplexity")
     save_json(f"{folder}/results.json", rows, indent=1)
-    plot(f"{folder}/curves.png", {"loss (nats a token)": losses, "perplexity of held-out captions": perplexities})
+    plot(
+        f"{folder}/curves.png",
+        {"loss (nats a token)": losses, "perplexity of held-out captions": perplexities},
+    )
     draw_comparison(f"{folder}/comparison.png", rows)
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def caption_pictures(model, files, size, tokenizer, max_length, beam, folder, device):
+    """Prints a caption of each picture, and draws them with it."""
+    pixels = torch.from_numpy(Pictures(files, size)[range(len(files))]).to(device)
+    captions = to_text(model.generate(pixels, tokenizer.eot_token, max_length, beam), tokenizer)
+    for file, caption in zip(files, captions):
+        print(f"{file}: {caption}")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "image.png")
+    pictures = [open_image(file) for file in files]
+    draw_captions(path, pictures, captions, columns=min(4, len(files)))
+    print(f"drawn in {path}")
+
+
+# --------------------------------------------------------------------------------------------------
+# a run
+
+
+def adapter_file(init_from):
+    """The adapter that init_from names: a .safetensors file, or the folder of a run."""
+    path = os.path.join(init_from, "adapter.safetensors") if os.path.isdir(init_from) else init_from
+    if not path.endswith(".safetensors") or not os.path.exists(path):
+        die(f"init_from={init_from}: scratch, resume, or an adapter.safetensors or its folder")
+    return path
+
+
+def newest_adapter():
+    runs = glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True)
+    runs = [path for path in runs if "prompt_small" not in path]
+    if not runs:
+        die(
+            "image= needs an adapter (init_from=), or a model (paligemma=): "
+            "`python paligemma_prompt.py` makes both"
+        )
+    return max(runs, key=os.path.getmtime)
+
+
+def preset(typed):
+    """
+    Between the defaults and the command line: the settings of the adapter or of the run that this
+    one starts from, or those of the demo.
+    """
+    init_from = typed.get("init_from", "scratch")
+    named = typed.get("paligemma") or typed.get("stack") or typed.get("memory")
+    if init_from == "scratch" and typed.get("image") and not named:
+        init_from = newest_adapter()
+    if init_from not in ("scratch", "resume"):
+        path = adapter_file(init_from)
+        return load_adapter(path)[1] | dict(init_from=path)
+    path = os.path.join(typed.get("out_dir") or "", "ckpt.pt")
+    if init_from == "resume" and typed.get("out_dir") and os.path.exists(path):
+        saved = load_checkpoint(path).get("settings", {})
+        saved = {RENAMED.get(k, k): v for k, v in saved.items()}
+        return {k: v for k, v in saved.items() if k in RESUMED and v is not None}
+    return {} if named else DEMO
+
+
+# what a resumed run takes over from its checkpoint
+RESUMED = (
+    "paligemma tokenizer data prompt prompt_text n_soft soft_position prefix_order trainable "
+    "lora_rank stack siglip gemma batch_size max_length optimizer learning_rate min_lr "
+    "warmup_steps max_steps grad_clip eval_interval seed"
+).split()
+
+
+def check_settings(config):
+    """Refuses what can be known to fail before a model is loaded."""
+    pieces = config["prefix_order"].split(",")
+    if sorted(pieces) != ["bos", "image", "prompt"]:
+        die(
+            f"prefix_order={config['prefix_order']}: image, bos and prompt, each once, in any order"
+        )
+    text = config["prompt_text"]
+    if "<image>" in text or text.endswith(("\n", "\\n")):
+        die(
+            f"prompt_text={text!r}: the words only; the image tokens and the newline are added here"
+        )
+    if config["stack"] and not (config["siglip"] and config["gemma"]):
+        die("stack=True needs siglip= and gemma=, the checkpoints to build from")
+    if not (config["data"] or config["image"] or config["memory"]):
+        die("data= is missing: a folder in COCO's layout")
+    tokenizer = config["tokenizer"]
+    if tokenizer and not os.path.isfile(tokenizer):
+        die(f"{tokenizer} is not a SentencePiece model: there is no such file")
+    if not config["image"]:
+        for folder in (config["data"] or "").split(","):
+            if folder and config["data"] != DEMO["data"]:
+                load_captions(folder, "train2017")
+
+
+def find_tokenizer(tokenizer, path):
+    """The setting, or the SentencePiece file beside a checkpoint."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    # Kaggle's file, beside its .npz, has a name of its own
+    beside = [
+        os.path.join(folder, name) for name in ("tokenizer.model", "paligemma_tokenizer.model")
+    ]
+    return tokenizer or next(filter(os.path.exists, beside), beside[0])
+
+
+def load_tasks(data, size, tokenizer, max_length):
+    """
+    Pictures and captions: of each folder, to train on; of the first folder, the split that judges,
+    and 256 pictures with one caption each to evaluate on the way.
+    """
+    folders, tasks = data.split(","), []
+    for folder in folders:
+        _, captions, pictures = read_split(folder, "train2017", size)
+        tasks.append((TokenizedCaptions(captions, tokenizer, max_length), pictures))
+    splits = splits_of(folders[0])
+    split = "test2017" if "test2017" in splits else "val2017"
+    judged = split, *read_split(folders[0], split, size)
+    _, captions, subset = read_split(folders[0], "val2017" if "val2017" in splits else split, size)
+    subset.files = subset.files[:256]
+    first_captions = [of_image[:1] for of_image in captions[:256]]
+    return tasks, judged, (TokenizedCaptions(first_captions, tokenizer, max_length), subset)
+
+
+# --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    # ---- the settings. Between the defaults and the command line stands what an adapter was trained with, or what the built-in road takes
-    configure(globals())
-    if image and init_from == "scratch" and not (paligemma or stack):
-        runs = [path for path in glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True) if "prompt_small" not in path]
-        if not runs:
-            die("image= needs an adapter (init_from=), or a model (paligemma=): `python paligemma_prompt.py` makes both")
-        init_from = max(runs, key=os.path.getmtime)
-    saved, preset = {}, {}
-    if init_from.endswith(".safetensors"):
-        saved, preset = load_adapter(init_from)
-    elif not (paligemma or stack or memory):
-        preset = BUILTIN
-    config = configure(globals(), lambda typed: preset | dict(init_from=init_from))
-    for name, allowed in dict(prompt=("hard", "soft"), train=("none", "attention", "lora", "all"), place=PLACES).items():
-        if config[name] not in allowed:
-            die(f"{name}={config[name]}: {', '.join(allowed)}")
-    if sorted(order.split(",")) != ["bos", "image", "prompt"] or min(n_soft, lora_rank, batch_size) < 1:
-        die(f"order={order} n_soft={n_soft} lora_rank={lora_rank} batch_size={batch_size}: three pieces, each once; numbers of 1 or more")
-    if stack and not (siglip and gemma):
-        die("stack=True needs siglip= and gemma=, the checkpoints to build from")
-    if not (data or image or memory):
-        die("data= is missing: a folder in COCO's layout")
+    # ---- what is asked for
+    t_start = time.time()
+    config = configure(globals(), preset)
+    check_settings(config)
+    if init_from not in ("scratch", "resume"):
+        init_from = config["init_from"] = adapter_file(init_from)
     process = setup(device, dtype)
     if process.world_size > 1:
         die("what is trained here is small: run it as one process, without torchrun")
-    frozen = process.dtype
-    device = process.device
+    device, frozen_dtype = process.device, process.dtype
     process = process._replace(dtype=torch.float32)  # no autocast: each layer knows its own dtype
-    data_name, t_start = os.path.basename(os.path.normpath(data or "zero-shot")), time.time()
-
     if memory:
         report_memory(device)
         sys.exit(0)
-
-    if preset is BUILTIN:
-        print("No PaliGemma was named (paligemma=), so a small one is made here, taught to caption drawn scenes, and then prompted: this\n"
-              "shows the machinery at work, not what PaliGemma can do. What is on disk already is not made again.", flush=True)
-        for world, shares in WORLDS.items():
-            if "val2017" not in splits_of(f"data/{world}"):
-                draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
-        if not os.path.exists(BUILTIN["paligemma"]):
-            run_script("paligemma_prompt.py", *PRETRAIN, f"max_steps={5 * max_steps}")
-
+    is_demo = data == DEMO["data"] and paligemma == DEMO["paligemma"]
+    if is_demo and init_from == "scratch":
+        prepare_demo(seed, max_steps)
+    data_name = os.path.basename(os.path.normpath(data or "zero-shot"))
     if compare:
         folder = out_dir or f"out/prompt_{data_name}_all"
-        print(f"\n{results_table(compare_ways(config, folder))}\n\n"
-              f"look at {folder}/comparison.png, curves.png and each run's captions.png; {time.time() - t_start:.0f} s in all")
+        table = results_table(compare_methods(config, folder))
+        print(
+            f"\n{table}\n\nlook at {folder}/comparison.png, curves.png and each run's "
+            f"captions.png; {time.time() - t_start:.0f} s in all"
+        )
         sys.exit(0)
 
-    # ---- the model
-    kind = prompt if train == "none" else train
-    if stack:
-        kind = "stack"
-    if image and init_from.endswith(".safetensors"):
-        out_dir = out_dir or os.path.dirname(init_from)
-    out_dir = out_dir or f"out/prompt_{data_name}_{kind}" + (f"_{place}" if prompt == "soft" else "")
-    os.makedirs(out_dir, exist_ok=True)
+    # ---- where the run goes. A run is never trained over
+    kind = "stack" if stack else prompt if trainable == "none" else trainable
+    if out_dir is None:
+        out_dir = f"out/prompt_{data_name}_{kind}" + f"_{soft_position}" * (prompt == "soft")
+        if init_from.endswith(".safetensors") and image:
+            out_dir = os.path.dirname(init_from)
+        elif init_from.endswith(".safetensors") and eval_only:
+            out_dir = os.path.join(os.path.dirname(init_from), "eval")
+    checkpoint_path = os.path.join(out_dir, "ckpt.pt")
+    if os.path.exists(checkpoint_path) and init_from != "resume" and not image:
+        die(
+            f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
+            f"or name "
+            "another out_dir="
+        )
     if not image:
         print_settings(config | dict(out_dir=out_dir))
+        lock_folder(out_dir)
+
+    # ---- the model
     torch.manual_seed(seed)
-    source, folders = gemma if stack else paligemma, (data or "").split(",")
-    way = dict(prompt=prompt, n_soft=n_soft, place=place, order=order, train=train, lora_rank=lora_rank, stack=stack)
+    source = gemma if stack else paligemma
+    method = dict(
+        prompt=prompt,
+        n_soft=n_soft,
+        soft_position=soft_position,
+        trainable=trainable,
+        prefix_order=prefix_order,
+        lora_rank=lora_rank,
+        stack=stack,
+    )
+    tokenizer_file = os.path.join(out_dir, "tokenizer.model")
     if source == "small":
-        vocabulary = os.path.join(out_dir, "tokenizer.model")
-        learn_tokenizer(vocabulary, (text for folder in folders for said in load_captions(folder, "train2017")[1] for text in said))
+        captions = []
+        for folder in data.split(","):
+            for of_image in load_captions(folder, "train2017")[1]:
+                captions += of_image
+        if init_from == "scratch":
+            learn_tokenizer(tokenizer_file, captions)
         model = random_model(SimpleNamespace(**SMALL), device)
     else:
         path = locate(source)
+        tokenizer_file = find_tokenizer(tokenizer, path)
+        Tokenizer(tokenizer_file)  # before minutes of loading
         c, *_ = open_model(path, siglip if stack else None)
         if c.n_embd > 1000:
-            check_memory(c, device, frozen, batch_size, way)
-        model = PaliGemma.from_pretrained(path, device, frozen, siglip if stack else None)
-        vocabulary = tokenizer or os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "tokenizer.model")
-    c, enc = model.config, Tokenizer(vocabulary)
-    if not 0 <= c.vocab_size - enc.n_vocab < 128:  # tables are padded, to a multiple of 64 or 128
-        die(f"{vocabulary} has {enc.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows for them: they don't belong together")
-    model.language_model.n_words = enc.n_vocab
+            check_memory(c, device, frozen_dtype, batch_size, method)
+        model = PaliGemma.from_pretrained(path, device, frozen_dtype, siglip if stack else None)
+    c, encoding = model.config, Tokenizer(tokenizer_file)
+    if not 0 <= c.vocab_size - encoding.n_vocab < 128:  # tables are padded, to multiples of 64, 128
+        die(
+            f"{tokenizer_file} has {encoding.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows "
+            "for them: they don't belong together"
+        )
+    model.language_model.n_words = encoding.n_vocab
 
-    # ---- how it is asked, and what of it is trained
-    prompts = [enc.encode(some) + enc.encode("\n") for some in words.split(",")]  # apart: "\n" must not melt into the last word
-    asked = Prompted(model, enc.bos, prompts[0], **way)
-    trained, total = asked.trained(), sum(p.numel() for p in asked.parameters())
+    # ---- the prompts, and what is trained
+    # encoded apart: "\n" must not become part of the last word's token
+    texts = prompt_text.split(",")
+    prompts = [encoding.encode(text) + encoding.encode("\n") for text in texts]
+    if len(prompts) > 1:
+        print(f"{len(prompts)} prompts, one a step, in turn: {texts}")
+    prompted = PromptedPaliGemma(model, encoding.bos, prompts[0], **method)
+    trained, total = prompted.trained(), sum(p.numel() for p in prompted.parameters())
     n_trained = sum(p.numel() for p in trained.values())
-    model.language_model.recompute = total > 1e9 if recompute is None else recompute
+    if gradient_checkpointing is None:
+        gradient_checkpointing = total > 1e9
+    model.language_model.gradient_checkpointing = gradient_checkpointing
+    saved, resumed = {}, None
     if init_from == "resume":
-        resumed = load_checkpoint(os.path.join(out_dir, "ckpt.pt"))
+        resumed = load_checkpoint(checkpoint_path)
         saved = resumed["trained"]
+    elif init_from != "scratch":
+        saved = load_adapter(init_from)[0]
+        if os.path.abspath(init_from) == os.path.abspath(source):
+            saved = {k: tensor for k, tensor in saved.items() if k in trained}
     if saved and trained:
-        fit(init_from, {key: p.shape for key, p in trained.items()}, {key: tensor.shape for key, tensor in saved.items()})
+        check_shapes(
+            init_from,
+            {k: p.shape for k, p in trained.items()},
+            {k: tensor.shape for k, tensor in saved.items()},
+        )
         for key, tensor in saved.items():
             trained[key].data.copy_(tensor)
-
     if image:
-        files = image.split(",")
-        pixels = torch.from_numpy(Pictures(files, c.image_size)[range(len(files))]).to(device)
-        said = to_text(asked.generate(pixels, enc.eot_token, max_length, beam), enc)
-        print("\n".join(f"{file}: {caption}" for file, caption in zip(files, said)))
-        draw_captions(os.path.join(out_dir, "image.png"), [open_image(file) for file in files], said, columns=min(4, len(files)))
-        print(f"drawn in {out_dir}/image.png")
+        caption_pictures(
+            prompted, image.split(","), c.image_size, encoding, max_length, beam, out_dir, device
+        )
         sys.exit(0)
-
-    # ---- pictures and captions: to train on; to be judged by; and for a look on the way, 256 pictures with a caption each
-    tasks = []
-    for folder in folders:
-        _, said, seen = read_split(folder, "train2017", c.image_size)
-        tasks.append((TokenizedCaptions(said, enc, max_length), seen))
-    split = "test2017" if "test2017" in splits_of(folders[0]) else "val2017"
-    images, references, pictures = read_split(folders[0], split, c.image_size)
-    captions = TokenizedCaptions(references, enc, max_length)
-    _, said, glanced = read_split(folders[0], "val2017" if "val2017" in splits_of(folders[0]) else split, c.image_size)
-    glance, glanced.files = TokenizedCaptions([some[:1] for some in said[:256]], enc, max_length), glanced.files[:256]
-    if cut := captions.cut + sum(said.cut for said, _ in tasks):
-        print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
+    tasks, judged, (subset_captions, subset) = load_tasks(data, c.image_size, encoding, max_length)
+    split, images, references, pictures = judged
+    captions = TokenizedCaptions(references, encoding, max_length)
+    n_cut = captions.cut + sum(task_captions.cut for task_captions, _ in tasks)
+    if n_cut:
+        print(f"{n_cut:,} captions have more than max_length={max_length} tokens and are cut")
 
     # ---- the loop
-    optimizer = optimizer or ("sgd" if train == "attention" and c.n_embd > 1000 else "adamw")
-    optimizers = make_optimizer(asked, optimizer) if trained else []
-    learning_rate = learning_rate or RATES[kind][c.n_embd < 1000]
-    step = 0
-    if eval_only or not trained:
-        max_steps = 0
-    if init_from == "resume":
-        resume_optimizers(optimizers, resumed, "ckpt.pt")
+    is_small = c.n_embd < 1000
+    optimizer = optimizer or ("sgd" if trainable == "attention" and not is_small else "adamw")
+    learning_rate = learning_rate or RATES[kind][is_small]
+    soft_scale = 1.0
+    if prompt == "soft" and trainable != "none":
+        soft_scale = RATES["soft"][is_small] / RATES[kind][is_small]
+    optimizers = make_optimizer(prompted, optimizer, soft_scale) if trained else []
+    step, n_steps = 0, max_steps if trained and not eval_only else 0
+    if resumed:
+        if not eval_only:
+            resume_optimizers(optimizers, resumed, checkpoint_path)
         step = resumed["step"]
-    n_pictures = sum(len(seen) for _, seen in tasks)
-    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {n_pictures:,} pictures to train on, "
-          f"{len(images):,} to be judged by ({split}) | {device}", flush=True)
-    log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "perplexity", "lr", "norm", "ms"], step)
+        warn_changed(config | dict(optimizer=optimizer), resumed, " ".join(RESUMED))
+    n_pictures = sum(len(task_pictures) for _, task_pictures in tasks)
+    print(
+        f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {n_pictures:,} "
+        f"pictures to train on, {len(images):,} to be judged by ({split}) | {device}",
+        flush=True,
+    )
     wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
+    log = Log(
+        os.path.join(out_dir, "log.csv"),
+        ["step", "loss", "perplexity", "lr", "norm", "ms"],
+        math.inf if eval_only else step,
+        wandb,
+    )
+    asked_to_stop = stop_signals()
     t0, first_step = time.time(), step
-    while True:
+    while not eval_only:
         row = dict(step=step)
-        if step % eval_interval == 0 or step >= max_steps:
-            asked.ask(prompts[0])
-            row["perplexity"] = perplexity(asked, glanced, glance, process, rows_at_once=4 * batch_size)
-            print(f"step {step:5d}/{max_steps} | perplexity of {len(glanced)} held-out captions {row['perplexity']:.3f}", flush=True)
-            if step > first_step:  # the adapter is for use, and says which model it belongs to; the checkpoint is for going on
-                tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
-                about = dict(paligemma=paligemma, tokenizer=tokenizer, siglip=siglip, gemma=gemma, words=words, max_length=max_length) | way
-                save_adapter(os.path.join(out_dir, "adapter.safetensors"), tensors, about, c)
-                save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(trained=tensors, optimizers=[opt.state_dict() for opt in optimizers],
-                                                                       step=step, settings=config | dict(optimizer=optimizer)))
-        if step >= max_steps:
+        if step % eval_interval == 0 or step >= n_steps:
+            prompted.ask(prompts[0])
+            row["perplexity"] = perplexity(
+                prompted, subset, subset_captions, process, rows_at_once=batch_size
+            )
+            check_finite(step, row["perplexity"], "the perplexity of held-out captions")
+            print(
+                f"step {step:5d}/{n_steps} | perplexity of {len(subset)} held-out captions "
+                f"{row['perplexity']:.3f}",
+                flush=True,
+            )
+        if step > first_step and ("perplexity" in row or asked_to_stop):
+            # the adapter is for use, and knows its model; the checkpoint is for going on
+            tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
+            where = {k: config[k] for k in ("paligemma", "tokenizer", "siglip", "gemma")}
+            where = {
+                k: os.path.abspath(v) if v and os.path.exists(v) else v for k, v in where.items()
+            }
+            settings = where | method | dict(prompt_text=prompt_text, max_length=max_length)
+            if trainable == "all" and not os.path.exists(os.path.join(out_dir, "tokenizer.model")):
+                shutil.copyfile(tokenizer_file, os.path.join(out_dir, "tokenizer.model"))
+            save_adapter(os.path.join(out_dir, "adapter.safetensors"), tensors, settings, c)
+            save_checkpoint(
+                checkpoint_path,
+                dict(
+                    trained=tensors,
+                    optimizers=[opt.state_dict() for opt in optimizers],
+                    step=step,
+                    settings=config | dict(optimizer=optimizer),
+                ),
+            )
+        if step >= n_steps or asked_to_stop:
             break
         t1 = time.time()
-        said, seen = tasks[step % len(tasks)]
-        asked.ask(prompts[step % len(prompts)])
-        which, chosen = training_batch(step, batch_size, said, seed)
-        idx, targets = said.batch(chosen, device)
-        loss = asked(idx, read_features(seen, which, device), targets) / (targets >= 0).sum()
+        task_captions, task_pictures = tasks[step % len(tasks)]
+        prompted.ask(prompts[step % len(prompts)])
+        # with several folders, each is shown whole once an epoch of its own
+        numbers, chosen = training_batch(step // len(tasks), batch_size, task_captions, seed)
+        idx, targets = task_captions.batch(chosen, device)
+        pixels = read_features(task_pictures, numbers, device)
+        loss = prompted(idx, pixels, targets) / (targets >= 0).sum()
         loss.backward()
-        lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
-        norm = optimizer_step(asked, optimizers, lr, grad_clip, step)
+        lr = get_lr(step, learning_rate, min_lr, warmup_steps, n_steps)
+        norm = optimizer_step(prompted, optimizers, lr, grad_clip, step)
         row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=(time.time() - t1) * 1000)
         log.add(**row)
-        if wandb:
-            wandb.log(row, step=step)
-        if step % log_interval == 0 or step == max_steps - 1:
-            left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
-            print(f"step {step:5d}/{max_steps} | loss {row['loss']:.4f} | norm {norm:.2f} | lr {lr:.2e} | {row['ms']:.0f} ms | "
-                  f"{left / 60:.1f} min left", flush=True)
+        if step % log_interval == 0 or step == n_steps - 1:
+            seconds_left = (time.time() - t0) / (step + 1 - first_step) * (n_steps - step - 1)
+            print(
+                f"step {step:5d}/{n_steps} | loss {row['loss']:.4f} | norm {norm:.2f} | "
+                f"lr {lr:.2e} | {row['ms']:.0f} ms | {seconds_left / 60:.1f} min left",
+                flush=True,
+            )
         step += 1
-    log.add(**row)
+    if asked_to_stop:
+        print(f"stopped at step {step}; go on with out_dir={out_dir} init_from=resume")
+        sys.exit(0)
+    if not eval_only:
+        log.add(**row)
 
-    # ---- judged on the whole split
-    said = caption_split(asked, pictures, enc, max_length, process, beam, batch_size=4 * batch_size)
-    scores, _ = score(said, references)
-    right, wrong = (perplexity(asked, pictures, captions, process, which_image, rows_at_once=4 * batch_size) for which_image in ("right", "wrong"))
+    # ---- judged on the whole split, a batch at a time: less memory than a training step takes
+    prompted.ask(prompts[0])
+    candidates = caption_split(prompted, pictures, encoding, max_length, process, beam, batch_size)
+    scores, _ = score(candidates, references)
+    right, wrong = (
+        perplexity(prompted, pictures, captions, process, which_image, batch_size)
+        for which_image in ("right", "wrong")
+    )
     ms = [r["ms"] for r in log.rows if r.get("ms")]
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
-    results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9, seconds_per_step=float(np.median(ms or 0)) / 1000,
-                   perplexity=right, perplexity_wrong_picture=wrong, **scores, step=step, split=split, settings=config)
-    coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
+    results = dict(
+        way=kind,
+        trained=n_trained,
+        peak_GB=peak / 1e9,
+        seconds_per_step=float(np.median(ms or 0)) / 1000,
+        perplexity=right,
+        perplexity_wrong_picture=wrong,
+        **scores,
+        step=step,
+        split=split,
+        settings=config,
+    )
+    coco_results = [
+        dict(image_id=entry["id"], caption=caption) for entry, caption in zip(images, candidates)
+    ]
     save_json(os.path.join(out_dir, "results.json"), results, indent=1)
     save_json(os.path.join(out_dir, f"captions_{split}.json"), coco_results, indent=1)
-    plot(os.path.join(out_dir, "curves.png"), {"loss (nats a token)": {"train": curve(log.rows, "loss")},
-                                               "perplexity of held-out captions": {"": curve(log.rows, "perplexity")}})
-    draw_captions(os.path.join(out_dir, "captions.png"), [open_image(file) for file in pictures.files[:12]],
-                  [f"{caption}\n({refs[0]})" for caption, refs in zip(said, references)])
-    print("\ncaptions of pictures it was not trained on, and what a person said:")
-    for caption, refs in list(zip(said, references))[:5]:
-        print(f"  {caption:<62} | {refs[0]}")
-    print(f"\n{results_table([results])}\n{', '.join(f'{metric} {100 * value:.1f}' for metric, value in scores.items())}\n"
-          f"look at {out_dir}/captions.png, curves.png; {time.time() - t_start:.0f} s")
+    plot(
+        os.path.join(out_dir, "curves.png"),
+        {
+            "loss (nats a token)": {"train": curve(log.rows, "loss")},
+            "perplexity of held-out captions": {"": curve(log.rows, "perplexity")},
+        },
+    )
+    spread = np.unique(np.linspace(0, len(images) - 1, 12).astype(int))
+    draw_captions(
+        os.path.join(out_dir, "captions.png"),
+        [open_image(pictures.files[i]) for i in spread],
+        [f"{candidates[i]}\n({references[i][0]})" for i in spread],
+    )
+    print("\ncaptions of pictures it was not trained on, and what a person wrote:")
+    for candidate, refs in list(zip(candidates, references))[:5]:
+        print(f"  {candidate:<62} | {refs[0]}")
+    print(
+        f"\n{results_table([results])}\n"
+        f"{', '.join(f'{metric} {100 * value:.1f}' for metric, value in scores.items())}\n"
+        f"look at {out_dir}/captions.png, curves.png; {time.time() - t_start:.0f} s"
+    )

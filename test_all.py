@@ -5,7 +5,10 @@ Equality with what others trust (transformers, pycocoevalcap), with ourselves do
 uninterrupted run), and the rules of the house. What needs real data runs where ../shared/data exists, and is skipped elsewhere.
 """
 import concurrent.futures
+import copy
+import dataclasses
 import functools
+import gc
 import http.server
 import importlib.util
 import io
@@ -15,11 +18,13 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import runpy
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -44,7 +49,7 @@ import hellaswag
 import paligemma_prompt
 import train_caption
 import train_gpt2
-from paligemma_prompt import PaliGemma, Prompted
+from paligemma_prompt import PaliGemma, PromptedPaliGemma
 from train_caption import Captioner, TokenizedCaptions, training_batch
 from train_gpt2 import GPT, GPTConfig, Process
 
@@ -76,7 +81,24 @@ def fails(script, words, cwd, env):
             runpy.run_path(os.path.join(REPO, script), run_name="__main__")
     errors = [line for line in err.getvalue().splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1, out.getvalue() + err.getvalue()
+    del stop
+    gc.collect()  # closes the script's files, and with them its locks
     return errors[0]
+
+
+def printed_by(command, cwd):
+    """What a script that succeeds prints; it runs in this process, which saves the imports."""
+    script, *words = command.split()
+    out, handlers = io.StringIO(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    assert stop.value.code == 0, out.getvalue()
+    return out.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -121,10 +143,27 @@ def log_column(path, column):
 # ---- settings, downloads, tokens (fineweb.py)
 
 
+def run_here(command, cwd, ok=True):
+    """`run` in this process, which takes less time than starting another."""
+    gc.collect()  # a script that ran here before lets go of its locks
+    if not ok:
+        return run(command, cwd, ok=False)
+    script, *words = command.split()
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *words])
+        try:
+            runpy.run_path(os.path.join(REPO, script), run_name="__main__")
+        except SystemExit as stop:
+            assert stop.code == 0
+    return out.getvalue()
+
+
 SETTINGS = """
 steps = 10                  # >= 1: of training
 rate = 0.1                  # > 0, <= 2: how fast
-name = "a"
+name = "é"                  # the letter before this takes two bytes
 kind = "x"                  # one of x | y-z: which
 flag = False
 limit: int = None           # >= 3: None = no limit
@@ -143,7 +182,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def configured(tmp_path, monkeypatch):
     """configured(words) -> the settings of a script that is called with these words."""
-    (tmp_path / "script.py").write_text(SETTINGS)
+    (tmp_path / "script.py").write_text(SETTINGS, encoding="utf-8")
     module = runpy.run_path(str(tmp_path / "script.py"))
     monkeypatch.chdir(tmp_path)
 
@@ -156,11 +195,15 @@ def configured(tmp_path, monkeypatch):
 
 def test_configure_takes_types_as_python_writes_them(configured):
     assert list(configured()) == "steps rate name kind flag limit text out_dir".split()
-    words = ["steps=1e3", "--rate=1", "name=b=c", "kind=y-z", "flag=true", "limit=1_000", "text=1e3"]
+    words = "steps=1e3 --rate=1 name=b=c kind=y-z flag=true limit=1_000 text=1e3".split()
     final = configured(*words)
-    assert final == dict(steps=1000, rate=1.0, name="b=c", kind="y-z", flag=True, limit=1000, text="1e3", out_dir="out")
+    assert final == dict(steps=1000, rate=1.0, name="b=c", kind="y-z", flag=True, limit=1000,
+                         text="1e3", out_dir="out")
     assert type(final["rate"]) is float and type(final["steps"]) is int
     assert configured("limit=None")["limit"] is None
+    assert configured(f"steps={2**60 + 1}")["steps"] == 2**60 + 1
+    comment = fineweb.read_settings(SETTINGS)["name"].comment
+    assert comment == "the letter before this takes two bytes"
 
 
 def test_configure_argv_beats_preset_and_bare_words_fill_positions(configured):
@@ -172,12 +215,16 @@ def test_configure_argv_beats_preset_and_bare_words_fill_positions(configured):
 
 
 @pytest.mark.parametrize("word, hint", [
-    ("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"), ("steps=0", "steps must be >= 1"),
-    ("flag=1", "True or False"), ("flag=no", "True or False"), ("rate=fast", "a number"), ("rate=nan", "a number"), ("rate=1e999", "a number"),
-    ("rate=0", "must be > 0, <= 2"), ("rate=2.1", "must be > 0, <= 2"), ("limit=2", "must be >= 3"), ("limit=300M", "whole number"),
-    ("kind=z", "one of x, y-z"), ("hello", "name=value"), ("text=", "gives no value"), ("name=", "gives no value"), ("text=None", "gives no value"),
-    ("old=3", "now called steps="), ("twice=3", "unknown setting"), ("helper=3", "unknown setting"), ("Upper=3", "unknown setting"),
-    ("out_dir=script.py", "not a folder"), ("steps=", "gives no value")])
+    ("stepz=3", "'steps'"), ("steps=many", "whole number"), ("steps=1.5", "whole number"),
+    ("steps=0", "steps must be >= 1"), ("flag=1", "True or False"), ("flag=no", "True or False"),
+    ("steps=inf", "whole number"), ("steps=1e999", "whole number"),
+    ("rate=fast", "a number"), ("rate=nan", "a number"), ("rate=1e999", "a number"),
+    ("rate=0", "must be > 0, <= 2"), ("rate=2.1", "must be > 0, <= 2"), ("limit=2", "must be >= 3"),
+    ("limit=300M", "whole number"), ("kind=z", "one of x, y-z"), ("hello", "name=value"),
+    ("text=", "gives no value"), ("name=", "gives no value"), ("text=None", "gives no value"),
+    ("old=3", "now called steps="), ("twice=3", "unknown setting"), ("helper=3", "unknown setting"),
+    ("Upper=3", "unknown setting"), ("out_dir=script.py", "not a folder"),
+    ("steps=", "gives no value")])
 def test_configure_names_what_is_wrong(word, hint, capsys, configured):
     with pytest.raises(SystemExit) as stop:
         configured(word)
@@ -191,21 +238,43 @@ def test_configure_expands_the_home_folder(configured, monkeypatch):
 
 
 def test_help_needs_no_docstrings_in_memory(tmp_path):
-    done = subprocess.run([sys.executable, "-OO", os.path.join(REPO, "fineweb.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "shard_size=100000000" in done.stdout and "first stage" in done.stdout
+    done = subprocess.run([sys.executable, "-OO", os.path.join(REPO, "fineweb.py"), "--help"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "shard_size=100000000" in done.stdout
+    assert "first stage" in done.stdout
+
+
+def test_help_lists_settings_with_their_comments(tmp_path):
+    said = run_here("hellaswag.py --help", tmp_path)
+    assert "number=0" in said and "the question to show" in said
 
 
 def test_one_process_writes_a_folder(tmp_path):
     fineweb.lock_folder(str(tmp_path / "new"))
     fineweb.lock_folder(str(tmp_path / "new"))  # the process that holds it may ask again
-    code = f"import sys; sys.path.insert(0, {REPO!r}); import fineweb; fineweb.lock_folder('new')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "text.txt").write_text("a\n" * 300)
+    done = subprocess.run(
+        [sys.executable, os.path.join(REPO, "fineweb.py"), "text=text.txt", "data=new"],
+        cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and f"another run (process {os.getpid()}" in done.stderr
+    assert os.listdir(tmp_path / "new") == [".lock"]
 
 
-def test_help_lists_settings_with_their_comments(tmp_path):
-    said = run("train_caption.py --help", tmp_path)
-    assert "every=1" in said and "so-manieth block" in said
+@pytest.fixture
+def serve():
+    """serve(handler) -> the address of a web server on this machine, until the test ends."""
+    servers = []
+
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 class Flaky(http.server.BaseHTTPRequestHandler):
@@ -220,6 +289,8 @@ class Flaky(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         if turn == 1:
             return self.send_error(503)
+        if self.path == "/changed" and start > 100_000:
+            return self.send_error(416)
         rest = self.BODY[start:]
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", len(rest) + (1000 if turn == 3 else 0))
@@ -231,21 +302,24 @@ class Flaky(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def flaky(monkeypatch):
+def flaky(serve, monkeypatch):
     monkeypatch.setattr(fineweb.time, "sleep", lambda seconds: None)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Flaky)
     Flaky.asked.clear()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    return serve(Flaky)
 
 
 def test_download_goes_on_where_it_was_cut(flaky, tmp_path):
     path = fineweb.download(f"{flaky}/file", str(tmp_path / "new" / "file"))
     assert open(path, "rb").read() == Flaky.BODY
-    assert Flaky.asked == [0, 0, 65_536, 131_072]  # 503; cut; cut, and a lie about the length; the rest
+    # 503; cut; cut, and a lie about the length; the rest
+    assert Flaky.asked == [0, 0, 65_536, 131_072]
     assert os.listdir(tmp_path / "new") == ["file"]
+
+
+def test_download_starts_again_where_the_part_is_not_of_this_file(flaky, tmp_path):
+    (tmp_path / "file.part").write_bytes(b"x" * 400_000)
+    path = fineweb.download(f"{flaky}/changed", str(tmp_path / "file"))
+    assert open(path, "rb").read() == Flaky.BODY and Flaky.asked[:3] == [400_000, 400_000, 0]
 
 
 def test_download_leaves_nothing_of_a_missing_file(flaky, tmp_path):
@@ -254,63 +328,303 @@ def test_download_leaves_nothing_of_a_missing_file(flaky, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Answers with the STATUS, TYPE and BODY of the test; keeps the headers that it was sent."""
+    STATUS, TYPE, BODY, headers_sent = 200, "", b"", []
+
+    def do_GET(self):
+        self.headers_sent.append(dict(self.headers))
+        self.send_response(self.STATUS)
+        self.send_header("Content-Type", self.TYPE)
+        self.send_header("Content-Length", len(self.BODY))
+        self.send_header("Retry-After", "7")
+        self.end_headers()
+        self.wfile.write(self.BODY)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def refused(serve, tmp_path, monkeypatch, capsys):
+    """refused(name, status, type, body) -> the line that ends the download of this answer."""
+    address = serve(Answer)
+    Answer.headers_sent.clear()
+
+    def download(name, status, content_type="", body=b"", tries=8, hub="https://huggingface.co"):
+        monkeypatch.setattr(Answer, "STATUS", status)
+        monkeypatch.setattr(Answer, "TYPE", content_type)
+        monkeypatch.setattr(Answer, "BODY", body)
+        monkeypatch.setenv("HF_ENDPOINT", hub or address)
+        monkeypatch.setenv("HF_TOKEN", "secret")
+        with pytest.raises(SystemExit):
+            fineweb.download(f"{address}/{name}", str(tmp_path / name), tries)
+        assert not os.listdir(tmp_path)
+        return capsys.readouterr().err
+
+    download.address = address
+    return download
+
+
+def test_download_keeps_no_login_page(refused):
+    assert "a web page" in refused("model.safetensors", 200, "text/html; charset=utf-8", b"<html>")
+    assert "a web page" in refused("files.json", 200, "text/html", b"<html>Welcome")
+    assert "not json" in refused("files.json", 200, "", b"Please log in")
+
+
+def test_the_token_is_for_the_hub_only(refused):
+    # the second address only begins as the hub's does
+    for other in "https://huggingface.co", refused.address[:-1]:
+        said = refused("photo.jpg", 403, hub=other)
+        assert "403" in said and "HF_TOKEN" not in said
+        headers = Answer.headers_sent.pop()
+        assert headers["User-Agent"].startswith("nanocaption") and "Authorization" not in headers
+    assert "HF_TOKEN" in refused("photo.jpg", 403, hub=None)
+    assert Answer.headers_sent.pop()["Authorization"] == "Bearer secret"
+
+
+def test_download_waits_as_long_as_the_server_asks(refused, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(fineweb.time, "sleep", pauses.append)
+    assert "429" in refused("file", 429, tries=5)
+    assert pauses == [7, 7, 7, 8]
+
+
 TEXT = ["the cat sat on the mat", "a dog , a cat and 2 birds", "naïve café ☕", "the dog's mat"] * 40
 
 
-def test_learned_tokenizer_round_trip():
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+@pytest.fixture(scope="session")
+def learned():
+    """A tokenizer of TEXT, and its .tiktoken file's text."""
+    text = fineweb.learn_bpe(TEXT, 320)
+    return fineweb.get_tokenizer(text), text
+
+
+def test_learned_tokenizer_round_trip(learned):
+    tokenizer, _ = learned
     assert tokenizer.n_vocab <= 320 and tokenizer.eot_token == tokenizer.n_vocab - 1
-    assert all(tokenizer.decode(tokenizer.encode_ordinary(text)) == text for text in TEXT + ["unseen ☃ text"])
+    for text in TEXT + ["unseen ☃ text"]:
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     assert len(tokenizer.encode_ordinary("the cat")) == 2  # frequent words became single tokens
 
 
-def test_shards_hold_every_document_opened_by_eot_and_survive_a_kill(tmp_path):
-    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
-    command = "fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size=150 data="
-    run(command + "whole", tmp_path)
-    shards = sorted((p for p in os.listdir(tmp_path / "whole") if p.endswith(".npy")), key=lambda p: p[-10:])
-    assert shards[0] == "edufineweb_val_000000.npy" and shards[1] == "edufineweb_train_000001.npy"
-    tokens = np.concatenate([np.load(tmp_path / "whole" / p) for p in shards])
+BYTES = fineweb.learn_bpe([], 300)
+
+
+@pytest.mark.parametrize("content", [
+    "", "\n", BYTES[:-5], BYTES.replace("QQ== 65\n", ""), BYTES.replace("QQ==", "!!!!"),
+    BYTES + "no rank\n", BYTES + "YWI= 300\n", BYTES.encode("utf-16")])
+def test_a_file_that_is_no_tokenizer_is_refused(content, tmp_path, capsys):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "bad.tiktoken").write_bytes(content)
+    with pytest.raises(SystemExit):
+        fineweb.get_tokenizer(str(tmp_path / "bad.tiktoken"))
+    assert "bad.tiktoken" in capsys.readouterr().err
+    (tmp_path / "good.tiktoken").write_text(BYTES + "\n\n")
+    assert fineweb.get_tokenizer(str(tmp_path / "good.tiktoken")).n_vocab == 257
+
+
+def make_shards(cwd, words, ok=True):
+    """Runs fineweb.py on TEXT with a vocabulary learned from it."""
+    if not os.path.exists(cwd / "text.txt"):
+        (cwd / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    return run_here(f"fineweb.py text=text.txt tokenizer=learn vocab_size=320 {words}", cwd, ok)
+
+
+def read_shards(folder):
+    paths = sorted(folder.glob("*.npy"), key=lambda path: path.name[-10:])
+    return [np.load(path) for path in paths]
+
+
+def kill_at_save(n, monkeypatch):
+    """The n-th file that fineweb.py writes from here on is not written: the process ends there."""
+    save, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == n:
+            raise Killed
+        save(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+def test_shards_hold_every_document_opened_by_eot(tmp_path):
+    make_shards(tmp_path, "data=whole val_tokens=100 shard_size=150")
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.npy"))
+    assert names[0] == "edufineweb_train_000001.npy" and names[-1] == "edufineweb_val_000000.npy"
+    shards = read_shards(tmp_path / "whole")
     tokenizer = fineweb.get_tokenizer(str(tmp_path / "whole" / "tokenizer.tiktoken"))
-    assert tokens.dtype == np.uint16 and tokens.tolist() == [t for text in TEXT for t in [tokenizer.eot_token] + tokenizer.encode_ordinary(text)]
-    # killed after shard 2: nothing later is there, and half of shard 3 lies about under its temporary name
-    run(command + "cut", tmp_path)
-    for name in shards[3:]:
-        os.remove(tmp_path / "cut" / name)
-    (tmp_path / "cut" / (shards[3] + ".tmp")).write_bytes(b"half")
-    lengths, done, progress = [1 + len(tokenizer.encode_ordinary(text)) for text in TEXT], 400, json.load(open(tmp_path / "cut" / "progress.json"))
-    documents = int(np.searchsorted(np.cumsum(lengths), done, side="right"))
-    progress |= dict(shards=3, tokens=done, documents=documents, offset=done - sum(lengths[:documents]), done=False)
-    (tmp_path / "cut" / "progress.json").write_text(json.dumps(progress))
-    run(command + "cut", tmp_path)
-    for name in shards:
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    # killed after shard 1, which ended where document 30 ends: max_tokens= is still to come
-    end = sum(lengths[:31])
-    command = f"fineweb.py text=text.txt tokenizer=learn vocab_size=320 val_tokens=100 shard_size={end - 100} max_tokens={end + 200} data=even"
-    run(command, tmp_path)
-    expected = (tmp_path / "even/edufineweb_train_000002.npy").read_bytes()
-    os.remove(tmp_path / "even/edufineweb_train_000002.npy")
-    progress = json.load(open(tmp_path / "even/progress.json")) | dict(shards=2, tokens=end, documents=30, offset=lengths[30], done=False)
-    (tmp_path / "even/progress.json").write_text(json.dumps(progress))
-    run(command, tmp_path)
-    assert (tmp_path / "even/edufineweb_train_000002.npy").read_bytes() == expected
+    expected = []
+    for text in TEXT:
+        expected += [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
+    assert [len(shard) for shard in shards[:-1]] == [100] + [150] * (len(shards) - 2)
+    assert all(shard.dtype == np.uint16 for shard in shards)
+    assert np.concatenate(shards).tolist() == expected
 
 
-def test_documents_are_cut_as_gpt2_cuts_them():
+# the saves are: progress, tokenizer, shard 0, progress, shard 1, progress, shard 2, progress
+@pytest.mark.parametrize("sizes, saves", [
+    ("shard_size=110 max_tokens=320", range(1, 9)), ("shard_size=1000", [4, 7])])
+def test_shards_survive_a_kill_at_any_file(sizes, saves, tmp_path, monkeypatch):
+    words = f"vocab_size=257 val_tokens=100 {sizes}"
+    make_shards(tmp_path, f"data=whole {words}")
+    whole = read_shards(tmp_path / "whole")
+    assert len(whole) >= 3
+    for n in saves:
+        with monkeypatch.context() as patch:
+            kill_at_save(n, patch)
+            with pytest.raises(Killed):
+                make_shards(tmp_path, f"data=cut{n} {words}")
+        make_shards(tmp_path, f"data=cut{n} {words}")
+        again = read_shards(tmp_path / f"cut{n}")
+        assert len(again) == len(whole) and all(map(np.array_equal, again, whole))
+        assert (tmp_path / f"cut{n}/progress.json").read_text() == (
+            tmp_path / "whole/progress.json").read_text()
+
+
+def test_shards_of_one_folder_come_from_one_text(tmp_path):
+    words = "data=shards val_tokens=100 shard_size=150"
+    make_shards(tmp_path, words)
+    assert "finished" in make_shards(tmp_path, words)
+    assert "was begun with shard_size=150" in make_shards(tmp_path, words + "0", ok=False)
+    with open(tmp_path / "text.txt", "a") as f:
+        f.write("one more\n")
+    assert "other text files" in make_shards(tmp_path, words, ok=False)
+    # the folder of an earlier version, which kept no list of files
+    progress = json.loads((tmp_path / "shards/progress.json").read_text())
+    del progress["files"]
+    (tmp_path / "shards/progress.json").write_text(json.dumps(progress))
+    assert "finished" in make_shards(tmp_path, words)
+    (tmp_path / "shards/progress.json").write_text("")
+    assert "damaged" in make_shards(tmp_path, words, ok=False)
+
+
+@pytest.mark.parametrize("name", ["edufineweb_train_000007.npy", "a_val.bin", "tokenizer.tiktoken"])
+def test_somebodys_shards_are_not_written_over(name, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / name).write_text("precious")
+    assert name in make_shards(tmp_path, "data=shards val_tokens=100", ok=False)
+    assert set(os.listdir(tmp_path / "shards")) == {".lock", name}
+
+
+def test_a_text_without_training_tokens_leaves_nothing(tmp_path):
+    n = sum(map(len, read_shards_of(tmp_path, "whole val_tokens=100")))
+    for val_tokens in n, n + 1:
+        said = make_shards(tmp_path, f"data=none val_tokens={val_tokens}", ok=False)
+        assert f"{n:,} tokens" in said and os.listdir(tmp_path / "none") == [".lock"]
+    assert len(read_shards_of(tmp_path, f"none val_tokens={n - 1}")) == 2
+
+
+def read_shards_of(cwd, words):
+    make_shards(cwd, f"data={words}")
+    return read_shards(cwd / words.split()[0])
+
+
+def test_documents_are_cut_as_gpt2_cuts_them(learned):
     """The pattern for texts without white space in a row must give what GPT-2's own gives."""
+    tokenizer, _ = learned
     rng = random.Random(0)
-    pieces = ["the", "cat", "'s", "'", "'ll", "'S", "12", "3", "é", "☕", "日本", ".", "--", "$", " ", " ", " ", "\n", "\t", "  ", "\u00a0", "\u2003", "\x1c", "\x85", "\ud800"]
+    pieces = ["the", "cat", "'s", "'", "'ll", "'S", "12", "3", "é", "☕", "日本", ".", "--", "$",
+              " ", " ", " ", "\n", "\t", "  ", "\u00a0", "\u2003", "\x1c", "\x85", fineweb.EOT]
     documents = ["".join(rng.choices(pieces, k=rng.randrange(12))) for _ in range(3000)] + TEXT
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
     for document, tokens in zip(documents, fineweb.tokenize(documents, tokenizer), strict=True):
-        assert tokens.dtype == np.uint16 and tokens.tolist() == [tokenizer.eot_token] + tokenizer.encode_ordinary(document), repr(document)
+        expected = [tokenizer.eot_token] + tokenizer.encode_ordinary(document)
+        assert tokens.dtype == np.uint16 and tokens.tolist() == expected, repr(document)
 
 
-def test_transformers_reads_our_tokenizer_files(tmp_path):
+def test_a_million_blanks_in_a_row_are_tokenized(learned):
+    tokenizer, _ = learned
+    for document in "the" + " " * 1_234_567 + "cat", "\n" * 1_000_000, "a  cat":
+        tokens, = fineweb.tokenize([document], tokenizer)
+        assert tokenizer.decode(tokens[1:].tolist()) == document
+    # runs that tiktoken can take are not cut
+    document = "the" + " " * 99_999 + "cat"
+    tokens, = fineweb.tokenize([document], tokenizer)
+    assert tokens[1:].tolist() == tokenizer.encode_ordinary(document)
+
+
+def test_documents_of_every_kind_of_file(tmp_path, capsys):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def read(name, content):
+        path = tmp_path / name
+        if name.endswith(".parquet"):
+            pq.write_table(pa.table(content), path)
+        else:
+            path.write_bytes(content)
+        return list(fineweb.read_documents([str(path)]))
+
+    mark = b"\xef\xbb\xbf"
+    assert read("a.txt", mark + "é\r\n\r\n b \n".encode()) == ["é", "b"]
+    assert read("a.jsonl", mark + b'{"text": "a"}\n\n{"text": " \\ud800b"}') == ["a", " \ufffdb"]
+    assert read("a.parquet", dict(text=["a", ""])) == ["a", ""]
+    # whatever is no text is refused, with file and place
+    refused = {
+        "16.txt": "é\nb\n".encode("utf-16"), "16le.txt": "a\nb\n".encode("utf-16-le"),
+        "latin.txt": "a\né".encode("latin-1"), "latin.jsonl": '{"text": "é"}'.encode("latin-1"),
+        "null.jsonl": b'{"text": "a"}\n{"text": null}', "int.jsonl": b'{"text": "a"}\n{"text": 1}',
+        "list.jsonl": b'{"text": "a"}\n["text"]', "none.jsonl": b'{"text": "a"}\n{"body": "a"}',
+        "cut.jsonl": b'{"text": "a"}\n{"text": "', "null.parquet": dict(text=["a", None]),
+        "binary.parquet": dict(text=[b"a"]), "int.parquet": dict(text=[1]),
+        "list.parquet": dict(text=[["a"]]), "none.parquet": dict(body=["a"])}
+    for name, content in refused.items():
+        with pytest.raises(SystemExit):
+            read(name, content)
+        said = capsys.readouterr().err
+        assert name in said and said.count("\n") == 2, said
+        if name.endswith(("jsonl", "null.parquet")) and "latin" not in name:
+            assert "document 2" in said
+    # a file that is damaged in the middle
+    pq.write_table(pa.table(dict(text=[str(n) * 50 for n in range(5000)])), tmp_path / "b.parquet")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[100:3000] = bytes(2900)
+    (tmp_path / "b.parquet").write_bytes(content)
+    with pytest.raises(SystemExit):
+        list(fineweb.read_documents([str(tmp_path / "b.parquet")]))
+    assert "b.parquet" in capsys.readouterr().err
+
+
+def test_text_files_are_found_by_name_folder_and_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "x[1].txt", "x1.txt", "a,b.txt", "folder[2]/sub/b.jsonl", "folder[2]/a.md":
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        open(name, "w").close()
+    os.makedirs("folder[2]/sub.txt")
+    assert fineweb.text_files("x[1].txt") == ["x[1].txt"]
+    assert fineweb.text_files("x[0-9].txt") == ["x1.txt"]
+    assert fineweb.text_files("folder[2]") == ["folder[2]/sub/b.jsonl"]
+    assert fineweb.text_files("x1.txt,folder[2]") == ["x1.txt", "folder[2]/sub/b.jsonl"]
+    assert fineweb.text_files("a,b.txt") == ["a,b.txt"]
+
+
+@pytest.mark.parametrize("words, hint", [
+    ("text=2024", "text=2024"), ("text=", "gives no value"), ("text=text.txt shard_size=0", ">= 1"),
+    ("text=text.txt max_tokens=300M", "whole number"), ("tokenizer=learn", "needs text="),
+    ("text=text.txt data=text.txt", "not a folder"), ("text=text.txt val_tokens=-1", ">= 1"),
+    ("text=text.txt tokenizer=nowhere.tiktoken", "no such file"),
+    ("text=text.txt val_tokens=100 max_tokens=100", "nothing to train on")])
+def test_fineweb_refuses_before_anything_is_written(words, hint, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    assert hint in run_here(f"fineweb.py {words}", tmp_path, ok=False)
+    written = {name for _, _, names in os.walk(tmp_path) for name in names}
+    assert written <= {"text.txt", ".lock"}
+
+
+def test_a_terminal_without_all_letters_shows_the_others(tmp_path):
+    (tmp_path / "☕.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, os.path.join(REPO, "fineweb.py"), "text=☕.txt", "val_tokens=999999",
+         "tokenizer=learn", "vocab_size=257"],
+        cwd=tmp_path, capture_output=True, env=os.environ | dict(PYTHONIOENCODING="cp1252"))
+    assert done.returncode == 2 and b"text=?.txt" in done.stdout
+    assert b"lower val_tokens" in done.stderr
+
+
+def test_transformers_reads_our_tokenizer_files(learned, tmp_path):
     coco.mend_torchvision()
     import transformers
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
+    tokenizer, _ = learned
     for name, content in zip(("vocab.json", "merges.txt"), fineweb.vocab_and_merges(tokenizer)):
         (tmp_path / name).write_bytes(content)
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
@@ -318,12 +632,45 @@ def test_transformers_reads_our_tokenizer_files(tmp_path):
         assert theirs.encode(text) == tokenizer.encode(text, allowed_special="all")
 
 
-@needs_shared
-def test_gpt2s_own_files_come_out_of_tiktoken(monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
-    vocab, merges = fineweb.vocab_and_merges(fineweb.get_tokenizer("gpt2"))
+def test_a_folders_own_vocabulary_is_read(learned, tmp_path, capsys):
+    tokenizer, tiktoken_text = learned
+    vocab, merges = fineweb.vocab_and_merges(tokenizer)
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    (tmp_path / "merges.txt").write_bytes(merges)
+    assert fineweb.read_vocab(str(tmp_path)) == tiktoken_text
+    # another order of ids, as other libraries give them: <|endoftext|> first; merges changed places
     vocab, merges = json.loads(vocab), merges.decode().splitlines()
-    assert len(vocab) == 50257 and vocab["Ġthe"] == 262 and len(merges) == 50_001 and merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+    moved = {token: (rank + 1) % len(vocab) for token, rank in vocab.items()}
+    swapped = [merges[0], merges[2], merges[1], *merges[3:], ""]
+    for bad_vocab, bad_merges in (moved, merges), (vocab, swapped), (vocab, []), ([], merges):
+        (tmp_path / "vocab.json").write_text(json.dumps(bad_vocab))
+        (tmp_path / "merges.txt").write_text("\n".join(bad_merges))
+        with pytest.raises(SystemExit):
+            fineweb.read_vocab(str(tmp_path))
+        assert "vocabulary of GPT-2's kind" in capsys.readouterr().err
+
+
+@needs_shared
+def test_gpt2s_own_files_come_out_of_tiktoken_and_go_in_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
+    gpt2 = fineweb.get_tokenizer("gpt2")
+    vocab, merges = fineweb.vocab_and_merges(gpt2)
+    (tmp_path / "vocab.json").write_bytes(vocab)
+    (tmp_path / "merges.txt").write_bytes(merges)
+    vocab, merges = json.loads(vocab), merges.decode().splitlines()
+    assert len(vocab) == 50257 and vocab["Ġthe"] == 262
+    assert len(merges) == 50_001 and merges[1:4] == ["Ġ t", "Ġ a", "h e"]
+    assert fineweb.read_vocab(str(tmp_path)) == "gpt2"
+    # GPT-2's ranks given as a file are GPT-2's tokenizer: the shards need none of their own
+    monkeypatch.setattr(fineweb, "GPT2_SHA256", "")
+    ranks = fineweb.tokenizer_text(gpt2._mergeable_ranks)
+    (tmp_path / "r50k_base.tiktoken").write_text(ranks)
+    (tmp_path / "text.txt").write_text("\n".join(TEXT), encoding="utf-8")
+    run_here("fineweb.py text=text.txt data=shards tokenizer=r50k_base.tiktoken val_tokens=100",
+             tmp_path)
+    assert not (tmp_path / "shards/tokenizer.tiktoken").exists()
+    tokens = np.concatenate(read_shards(tmp_path / "shards"))
+    assert gpt2.decode(tokens.tolist()).split(fineweb.EOT)[1:] == TEXT
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, capsys):
@@ -344,8 +691,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.asked.append(os.path.basename(self.path))
-        answer = (json.dumps([dict(path=f"sample/10BT/{name}") for name in self.FILES]).encode() if "/api/" in self.path
-                  else self.FILES[os.path.basename(self.path)])
+        if "/api/" in self.path:
+            listing = [dict(path=f"sample/10BT/{name}") for name in self.FILES]
+            answer = json.dumps(listing).encode()
+        else:
+            answer = self.FILES[os.path.basename(self.path)]
         self.send_response(200)
         self.send_header("Content-Length", len(answer))
         self.end_headers()
@@ -355,74 +705,122 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_fineweb_downloads_no_more_than_it_needs(tmp_path):
+def test_fineweb_downloads_no_more_than_it_needs(learned, serve, tmp_path, monkeypatch):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     for n in range(3):
         table = pa.BufferOutputStream()
         pq.write_table(pa.table(dict(text=[f"file {n}"] + TEXT)), table)
         Hub.FILES[f"{n:03d}_00000.parquet"] = table.getvalue().to_pybytes()
-    (tmp_path / "bpe.tiktoken").write_text(fineweb.learn_bpe(TEXT, 320))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    one_file = sum(map(len, fineweb.tokenize(["file 0"] + TEXT, fineweb.get_tokenizer(str(tmp_path / "bpe.tiktoken")))))
-    run(f"fineweb.py data=shards tokenizer=bpe.tiktoken val_tokens=100 shard_size=1000 max_tokens={one_file + 500}", tmp_path,
-        env=dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}"))
-    server.shutdown()
-    server.server_close()
+    tokenizer, tiktoken_text = learned
+    (tmp_path / "bpe.tiktoken").write_text(tiktoken_text)
+    n_tokens = sum(map(len, fineweb.tokenize(["file 0"] + TEXT, tokenizer))) + 500
+    monkeypatch.setenv("HF_ENDPOINT", serve(Hub))
+    run_here("fineweb.py data=shards tokenizer=bpe.tiktoken val_tokens=100 shard_size=1000 "
+             f"max_tokens={n_tokens}", tmp_path)
     assert Hub.asked == ["10BT", "000_00000.parquet", "001_00000.parquet"]
-    assert sum(len(np.load(path)) for path in (tmp_path / "shards").glob("*.npy")) == one_file + 500
+    assert sum(map(len, read_shards(tmp_path / "shards"))) == n_tokens
 
 
-# ---- the exam (hellaswag.py)
+# ---- HellaSwag (hellaswag.py)
 
 
-def made_questions(n, block_size=48):
+def made_questions(n):
     rng = np.random.default_rng(0)
-    return [(rng.integers(101, size=rng.integers(1, 20)).tolist(), [rng.integers(101, size=rng.integers(1, 12)).tolist() for _ in range(4)], int(rng.integers(4)))
-            for _ in range(n)]
+
+    def made(longest):
+        return rng.integers(101, size=rng.integers(1, longest)).tolist()
+
+    return [(made(20), [made(12) for _ in range(4)], int(rng.integers(4))) for _ in range(n)]
+
+
+@torch.no_grad()
+def ending_losses(gpt, context, ending):
+    """The loss of each token of an ending, one row at a time."""
+    log_probs = gpt(torch.tensor([context + ending])).log_softmax(-1)[0, len(context) - 1:-1]
+    return -log_probs.gather(1, torch.tensor(ending)[:, None])
 
 
 def test_hellaswag_in_batches_equals_one_row_at_a_time():
     gpt, questions = small_gpt(), made_questions(60)
-    one_by_one = []
+    expected = []
     for context, endings, _ in questions:
-        losses = []
-        for ending in endings:
-            idx = torch.tensor([context + ending])
-            with torch.no_grad():
-                logp = gpt(idx).log_softmax(-1)[0, len(context) - 1:-1]
-            losses.append(-logp.gather(1, torch.tensor(ending)[:, None]).sum().item())
-        one_by_one.append([int(np.argmin(losses)), int(np.argmin([loss / len(ending) for loss, ending in zip(losses, endings)]))])
-    for read in (None, gpt.prefill):
-        assert hellaswag.predict(gpt, questions, read, tokens_at_once=200).tolist() == one_by_one
-    labels = np.array([[label] for *_, label in questions])
-    assert hellaswag.evaluate(gpt, questions, gpt.prefill) == pytest.approx((np.array(one_by_one) == labels).mean(0), abs=1e-6)
+        losses = [ending_losses(gpt, context, ending) for ending in endings]
+        expected.append([int(np.argmin([loss.sum() for loss in losses])),
+                         int(np.argmin([loss.mean() for loss in losses]))])
+    for prefill in (None, gpt.prefill):
+        assert hellaswag.predict(gpt, questions, prefill, tokens_at_once=200).tolist() == expected
+    labels = np.array([[label] for _, _, label in questions])
+    accuracy = (np.array(expected) == labels).mean(0)
+    assert hellaswag.evaluate(gpt, questions, gpt.prefill) == pytest.approx(accuracy, abs=1e-6)
 
 
-QUESTION = dict(ctx="the cat sat on", label=1, endings=["a dog", "the mat", "2 birds , a cat and a dog", "the dog's mat"])
+QUESTION = dict(ctx="the cat sat on", label=1,
+                endings=["a dog", "the mat", "2 birds , a cat and a dog", "the dog's mat"])
 
 
-def test_hellaswag_shows_a_question_and_names_a_bad_line(tmp_path):
-    (tmp_path / "bpe.tiktoken").write_text(fineweb.learn_bpe(TEXT, 320))
-    (tmp_path / "two.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=0)))
-    said = run("hellaswag.py file=two.jsonl tokenizer=bpe.tiktoken number=1", tmp_path)
-    assert "2 questions" in said and "ending 0 (the true one" in said and "'the cat sat on the mat'" in said
-    (tmp_path / "bad.jsonl").write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=4)))
-    assert "line 2" in run("hellaswag.py file=bad.jsonl tokenizer=bpe.tiktoken", tmp_path, ok=False)
+@pytest.fixture
+def questions_file(tmp_path):
+    """questions_file(*changes) -> the path of a file with a question for each, changed so."""
+    def write(*changes):
+        lines = [json.dumps(QUESTION | change) for change in changes]
+        (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+        return str(tmp_path / "questions.jsonl")
+
+    return write
 
 
-def test_long_contexts_lose_their_beginning(tmp_path):
-    tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 320))
-    (tmp_path / "one.jsonl").write_text(json.dumps(QUESTION | dict(ctx="the cat sat on the mat " * 20)))
-    (context, endings, _), = hellaswag.load_questions(str(tmp_path / "one.jsonl"), tokenizer, block_size=32)
-    assert len(context) + max(map(len, endings)) - 1 == 32 and tokenizer.decode(context).endswith("the mat ")
+def test_hellaswag_shows_a_question(learned, questions_file, tmp_path):
+    (tmp_path / "bpe.tiktoken").write_text(learned[1])
+    questions_file({}, dict(label=0))
+    command = "hellaswag.py file=questions.jsonl tokenizer=bpe.tiktoken"
+    said = run_here(f"{command} number=1", tmp_path)
+    assert "2 questions" in said and "ending 0 (the true one" in said
+    assert "'the cat sat on the mat'" in said
+    assert "questions 0 to 1" in run(f"{command} number=2", tmp_path, ok=False)
+
+
+@pytest.mark.parametrize("content, hint", [
+    (json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | dict(label=4)), "line 2"),
+    (json.dumps(QUESTION | dict(endings=["a"])), "line 1"), (json.dumps(["ctx"]), "line 1"),
+    (json.dumps(QUESTION | dict(ctx=None)), "line 1"), ("", "no question"),
+    (b'{"ctx": "caf\xe9"}', "can't be read as UTF-8"), (None, "Is a directory")])
+def test_hellaswag_names_what_is_no_question(content, hint, learned, tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(SystemExit):
+        hellaswag.load_questions(str(path), learned[0])
+    said = capsys.readouterr().err
+    assert hint in said and "questions.jsonl" in said
+
+
+def test_long_contexts_lose_their_beginning(learned, questions_file):
+    tokenizer, _ = learned
+    path = questions_file(dict(ctx="the cat sat on the mat " * 20))
+    (context, endings, _), = hellaswag.load_questions(path, tokenizer, block_size=32)
+    assert len(context) + max(map(len, endings)) - 1 == 32
+    assert tokenizer.decode(context).endswith("the mat ")
+
+
+def test_questions_whose_endings_do_not_fit_are_left_out(learned, questions_file, capsys):
+    tokenizer, _ = learned
+    path = questions_file({}, dict(endings=["the cat sat on the mat " * 9] * 4), {})
+    questions = hellaswag.load_questions(path, tokenizer, block_size=16)
+    assert len(questions) == 2 and "1 of 3 questions are left out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        hellaswag.load_questions(path, tokenizer, block_size=2)
+    assert "fits into block_size=2" in capsys.readouterr().err
 
 
 @needs_shared
 def test_every_real_question_is_read(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.path.join(SHARED, "tiktoken"))
-    questions = hellaswag.load_questions(os.path.join(SHARED, "text", "hellaswag_val.jsonl"), fineweb.get_tokenizer("gpt2"))
-    assert len(questions) == 10_042 and set(label for *_, label in questions) == {0, 1, 2, 3}
+    path = os.path.join(SHARED, "text", "hellaswag_val.jsonl")
+    questions = hellaswag.load_questions(path, fineweb.get_tokenizer("gpt2"))
+    assert len(questions) == 10_042
+    assert set(label for _, _, label in questions) == {0, 1, 2, 3}
 
 
 # ---- the GPT (train_gpt2.py)
@@ -432,7 +830,8 @@ def transformers_gpt2(**kw):
     coco.mend_torchvision()
     import transformers
     torch.manual_seed(1)
-    config = transformers.GPT2Config(vocab_size=101, n_positions=48, n_embd=32, n_layer=3, n_head=4, initializer_range=0.2, **kw)
+    config = transformers.GPT2Config(vocab_size=101, n_positions=48, n_embd=32, n_layer=3,
+                                     n_head=4, initializer_range=0.2, **kw)
     return transformers.GPT2LMHeadModel(config).eval()
 
 
@@ -443,7 +842,8 @@ def test_logits_and_loss_equal_transformers(tmp_path):
     idx = torch.randint(0, 101, (3, 48))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-4, rtol=0)
-        torch.testing.assert_close(ours(idx[:, :-1], idx[:, 1:]), theirs(idx, labels=idx).loss, atol=1e-5, rtol=0)
+        loss = ours(idx[:, :-1], idx[:, 1:])
+        torch.testing.assert_close(loss, theirs(idx, labels=idx).loss, atol=1e-5, rtol=0)
 
 
 def test_transformers_loads_what_we_save(tmp_path):
@@ -477,34 +877,76 @@ def test_cached_logits_in_chunks_equal_whole():
 def test_seeded_generation_repeats_itself():
     gpt, start = small_gpt(), torch.zeros(3, 2, dtype=torch.long)
     first, again, other = (gpt.generate(start, 20, seed=seed) for seed in (5, 5, 6))
-    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first[0], first[1])
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
 
 
 @pytest.mark.parametrize("train_head", [True, False])
-def test_loss_in_chunks_equals_cross_entropy(train_head):  # 1,300 positions are more than two chunks
+def test_loss_in_chunks_equals_cross_entropy(train_head):
     torch.manual_seed(0)
-    x, weight, targets, share = torch.randn(1300, 16), torch.randn(128, 16), torch.randint(0, 101, (1300,)), torch.rand(1300) / 1300
-    ours, theirs = ((x.clone().requires_grad_(), weight.clone().requires_grad_(train_head)) for _ in range(2))
-    loss, each = train_gpt2.FusedLinearCrossEntropy.apply(*ours, targets, share, 101, True)
-    plain_each = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets, reduction="none")
+    N = 1300  # more than two chunks
+    x, weight = torch.randn(N, 16), torch.randn(128, 16)
+    targets, loss_weight = torch.randint(0, 101, (N,)), torch.rand(N) / N
+    ours, theirs = ((x.clone().requires_grad_(), weight.clone().requires_grad_(train_head))
+                    for _ in range(2))
+    fused = train_gpt2.FusedLinearCrossEntropy.apply
+    loss, token_losses = fused(*ours, targets, loss_weight, 101, True)
+    expected = F.cross_entropy(theirs[0] @ theirs[1][:101].t(), targets, reduction="none")
     (3 * loss).backward()
-    (3 * plain_each * share).sum().backward()
-    torch.testing.assert_close(loss, (plain_each * share).sum(), atol=1e-5, rtol=0)
-    for nats in (each, train_gpt2.FusedLinearCrossEntropy.apply(x, weight, targets, share, 101, False)[1]):
-        torch.testing.assert_close(nats, plain_each, atol=1e-5, rtol=0)
+    (3 * expected * loss_weight).sum().backward()
+    torch.testing.assert_close(loss, (expected * loss_weight).sum(), atol=1e-5, rtol=0)
+    for losses in (token_losses, fused(x, weight, targets, loss_weight, 101, False)[1]):
+        torch.testing.assert_close(losses, expected, atol=1e-5, rtol=0)
     for a, b in zip(ours, theirs):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_the_training_step_compiles_as_one_graph():
-    gpt, idx = small_gpt(scale=1), torch.randint(0, 101, (2, 20))
-    compiled = torch.compile(gpt, backend="aot_eager", fullgraph=True)  # captures forward and backward, needs no compiler
-    grads = []
-    for model in (gpt, compiled):
-        gpt.zero_grad()
-        model(idx[:, :-1], idx[:, 1:]).backward()
-        grads.append(gpt.lm_head.weight.grad.clone())
-    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+def test_compiled_training_equals_eager_training_with_one_program_for_all_blocks(
+        tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+    # programs kept from another run may have been compiled for another kind of CPU
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = small_gpt(scale=1), small_gpt(scale=1)
+    for block in compiled.transformer.h:
+        block.compile()
+    batches = torch.randint(0, 101, (20, 2, 13)).unbind()
+    losses, grads, logits = [], [], []
+    for model in (plain, compiled):
+        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-4, 0.1)
+        model(batches[0][:, :-1], batches[0][:, 1:]).backward()
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        model.zero_grad()
+        losses.append([train_gpt2.train_step(model, model, optimizers, iter(batches[i:i + 2]), 2,
+                                             1e-4, 1.0, ALONE)[0].item() for i in range(0, 20, 2)])
+        with train_gpt2.uncompiled(model is compiled), torch.no_grad():  # other shapes in between
+            start = torch.zeros(3, 2, dtype=torch.long)
+            model.generate(start, 9)
+            logits.append(model(start.repeat(2, 4)))
+        losses[-1].append(model(batches[0][:, :-1], batches[0][:, 1:]).item())
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_compile_none_means_cuda_with_triton(monkeypatch, capsys):
+    import torch.utils._triton
+    gpu = Process(0, 1, "cuda", torch.bfloat16)
+    for found in (True, False):
+        monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: found)
+        assert train_gpt2.should_compile(None, gpu) == found
+        assert ("Triton" in capsys.readouterr().out) != found
+        assert train_gpt2.should_compile(True, gpu) and not train_gpt2.should_compile(False, gpu)
+        assert train_gpt2.should_compile(True, ALONE) and not train_gpt2.should_compile(None, ALONE)
+
+
+def test_the_first_lines_say_what_runs_where(road):
+    said = printed_by(f"{GPT_RUN} out_dir=first_lines max_steps=2 warmup_steps=2", road)
+    assert "1 process(es) x 4 x 4 x 32 on cpu, float32, not compiled" in said
+    assert "warmup_steps=2: in a run of max_steps=2 the learning rate only rises" in said
+    assert said.count("GB at most") == 1
 
 
 def test_the_captioner_compiles_once_for_captions_of_any_length():
@@ -527,18 +969,23 @@ def test_the_captioner_compiles_once_for_captions_of_any_length():
     assert len(graphs) == 2  # the second one for every length
 
 
-@pytest.mark.parametrize("name, n_layer, n_head, n_embd, millions", [("gpt2", 12, 12, 768, 124), ("gpt2-medium", 24, 16, 1024, 355),
-                                                                     ("gpt2-large", 36, 20, 1280, 774), ("gpt2-xl", 48, 25, 1600, 1558)])
+@pytest.mark.parametrize("name, n_layer, n_head, n_embd, millions", [
+    ("gpt2", 12, 12, 768, 124), ("gpt2-medium", 24, 16, 1024, 355),
+    ("gpt2-large", 36, 20, 1280, 774), ("gpt2-xl", 48, 25, 1600, 1558)])
 def test_all_four_sizes_have_the_published_shapes(name, n_layer, n_head, n_embd, millions):
     coco.mend_torchvision()
     import transformers
+    sizes = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
     with torch.device("meta"):
-        ours = GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd))
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head))
+        ours = GPT(GPTConfig(**sizes))
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
     shapes = {}
     for key, w in ours.state_dict().items():
-        rows, columns = w.shape if w.dim() == 2 else (None, None)
-        shapes[key] = w.shape if rows is None else (50257, columns) if rows == 50304 else (columns, rows) if ".h." in key else (rows, columns)
+        shapes[key] = tuple(w.shape)
+        if len(w) == 50304:  # the padded vocabulary
+            shapes[key] = 50257, n_embd
+        elif train_gpt2.is_conv1d(key, w):
+            shapes[key] = tuple(w.t().shape)
     assert shapes == {key: tuple(w.shape) for key, w in theirs.state_dict().items()}
     assert round(sum(p.numel() for p in theirs.parameters()) / 1e6) == millions
 
@@ -553,6 +1000,19 @@ def test_top_k_and_stop():
     assert all(set(row[row.index(stop, 1):]) == {stop} for row in rows if stop in row[1:])
 
 
+def test_the_gpt_can_be_copied_into_a_notebook():
+    with open(train_gpt2.__file__) as f:
+        piece = f.read().split("# GPT-2 WITH A KV CACHE")[1].split("# THE LOSS WITHOUT")[0]
+    cells = dict(torch=torch, nn=torch.nn, F=F, math=math, dataclass=dataclasses.dataclass,
+                 __name__="notebook")
+    exec("# " + piece, cells)
+    copied = cells["GPT"](cells["GPTConfig"](48, 101, 4, 4, 32)).eval()
+    ours, idx = small_gpt(), torch.randint(0, 101, (2, 9))
+    copied.load_state_dict(ours.state_dict())
+    assert torch.equal(copied(idx), ours(idx))
+    assert torch.equal(copied.generate(idx, 5, seed=1), ours.generate(idx, 5, seed=1))
+
+
 def test_too_long_a_text_is_refused():
     with pytest.raises(ValueError, match="block_size=48"):
         small_gpt()(torch.zeros(1, 49, dtype=torch.long))
@@ -561,23 +1021,28 @@ def test_too_long_a_text_is_refused():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_in_one_optimizer_group(name):
     model = Captioner(small_gpt(), "xattn", 1, 24)
-    groups = [g for optimizer in train_gpt2.make_optimizers(model, name, 1e-3, 0.1) for g in optimizer.param_groups]
+    optimizers = train_gpt2.make_optimizers(model, name, 1e-3, 0.1)
+    groups = [g for optimizer in optimizers for g in optimizer.param_groups]
     held = [p for g in groups for p in g["params"]]
     assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert all(p.dim() >= 2 for g in groups if g["weight_decay"] for p in g["params"])
 
 
 def test_a_changed_weight_decay_takes_effect_on_resume():
-    before, after = (train_gpt2.make_optimizers(small_gpt(), "adamw", 1e-3, weight_decay) for weight_decay in (0.1, 0.5))
-    train_gpt2.resume_optimizers(after, dict(optimizers=[optimizer.state_dict() for optimizer in before]), "ckpt.pt")
+    before, after = (train_gpt2.make_optimizers(small_gpt(), "adamw", 1e-3, weight_decay)
+                     for weight_decay in (0.1, 0.5))
+    checkpoint = dict(optimizers=[optimizer.state_dict() for optimizer in before])
+    train_gpt2.resume_optimizers(after, checkpoint, "ckpt.pt")
     assert [group["weight_decay"] for group in after[0].param_groups] == [0.5, 0.0]
 
 
 def test_schedule():
     lr = [train_gpt2.get_lr(step, 1.0, 0.1, 10, 110) for step in range(120)]
     wsd = [train_gpt2.get_lr(step, 1.0, 0.1, 10, 110, "wsd") for step in range(120)]
-    assert wsd[9] == 1.0 == pytest.approx(wsd[90]) and wsd[100] == pytest.approx(0.55) and wsd[110] == wsd[119] == pytest.approx(0.1)
-    assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and abs(lr[60] - 0.55) < 1e-12 and lr[110] == lr[119] == pytest.approx(0.1)
+    assert wsd[9] == 1.0 == pytest.approx(wsd[90]) and wsd[100] == pytest.approx(0.55)
+    assert lr[0] == 0.1 and lr[9] == lr[10] == 1.0 and lr[60] == pytest.approx(0.55)
+    for rates in (lr, wsd):
+        assert rates[110] == rates[119] == pytest.approx(0.1)
 
 
 def test_loader_uses_every_sequence_once_an_epoch(tmp_path):
@@ -587,10 +1052,13 @@ def test_loader_uses_every_sequence_once_an_epoch(tmp_path):
     assert loader.n_seq == 10 + 4
     first, second = (loader.sequences(range(e * 14, e * 14 + 14)).numpy() for e in (0, 1))
     expected = sorted([[*range(j, j + 11)] for n in (10, 4) for j in range(0, 10 * n, 10)])
-    assert sorted(first.tolist()) == sorted(second.tolist()) == expected and first.tolist() != second.tolist()
-    assert np.array_equal(loader.sequences([3, 17]), [first[3], second[3]])  # a pure function of the position
+    assert sorted(first.tolist()) == sorted(second.tolist()) == expected
+    assert first.tolist() != second.tolist()
+    # a pure function of the number
+    assert np.array_equal(loader.sequences([3, 17]), [first[3], second[3]])
     fetched = list(loader.batches([range(3), [3, 17]], "cpu"))
-    assert np.array_equal(fetched[0], first[:3]) and np.array_equal(fetched[1], [first[3], second[3]]) and len(fetched) == 2
+    assert np.array_equal(fetched[0], first[:3]) and len(fetched) == 2
+    assert np.array_equal(fetched[1], [first[3], second[3]])
     with pytest.raises(SystemExit):
         train_gpt2.Loader(str(tmp_path), "train", 10, vocab_size=50).sequences(range(14))
 
@@ -600,8 +1068,10 @@ def test_llm_c_shards_are_read(tmp_path, capsys):
     header[:3] = 20240520, 1, 105
     path = tmp_path / "fineweb_train_000001.bin"
     path.write_bytes(header.tobytes() + np.arange(105, dtype=np.uint16).tobytes())
-    assert train_gpt2.Loader(str(tmp_path), "train", 10, 200).sequences([1]).tolist() == [[*range(10, 21)]]
-    for content, hint in ((path.read_bytes()[:-2], "cut short"), (bytes(4) + path.read_bytes()[4:], "20240520")):
+    loader = train_gpt2.Loader(str(tmp_path), "train", 10, 200)
+    assert loader.sequences([1]).tolist() == [[*range(10, 21)]]
+    whole = path.read_bytes()
+    for content, hint in ((whole[:-2], "cut short"), (bytes(4) + whole[4:], "20240520")):
         path.write_bytes(content)
         with pytest.raises(SystemExit):
             train_gpt2.Loader(str(tmp_path), "train", 10, 200)
@@ -612,7 +1082,9 @@ def test_llm_c_shards_are_read(tmp_path, capsys):
 def test_a_stopped_run_goes_on_exactly(road, how):
     settings = f"{GPT_RUN} max_steps=40 out_dir=stopped_{int(how)}"
     with open(road / "killed.log", "w") as said:
-        process = subprocess.Popen([sys.executable, os.path.join(REPO, settings.split()[0]), *settings.split()[1:]], cwd=road, stdout=said)
+        script, *words = settings.split()
+        process = subprocess.Popen([sys.executable, os.path.join(REPO, script), *words], cwd=road,
+                                   stdout=said)
     log = road / f"stopped_{int(how)}/log.csv"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 10):
         time.sleep(0.01)
@@ -630,36 +1102,56 @@ def test_a_stopped_run_goes_on_exactly(road, how):
 
 
 def test_resuming_names_what_changed_and_starts_at_0_where_nothing_is_saved(road):
-    assert "starting at step 0" in run(f"{GPT_RUN} out_dir=twice max_steps=4 init_from=resume", road)
-    said = run(f"{GPT_RUN} out_dir=twice max_steps=6 init_from=resume weight_decay=0.2 eval_tokens=500", road)
-    assert "weight_decay=0.2 (was 0.1)" in said and "max_steps=6 (was 4)" in said and "eval_tokens=500 (was" not in said
-    assert sorted(os.listdir(road / "twice")) == ["best.pt", "ckpt.pt", "ckpt_previous.pt", "curves.png", "log.csv", "samples.txt"]
-    assert train_gpt2.load_checkpoint(str(road / "twice/ckpt_previous.pt"))["step"] == 4
+    said = printed_by(f"{GPT_RUN} out_dir=twice max_steps=4 init_from=resume", road)
+    assert "starting at step 0" in said
+    # what is not typed is as it was
+    said = printed_by("train_gpt2.py out_dir=twice max_steps=6 init_from=resume weight_decay=0.2 "
+                      "eval_tokens=500 device=cpu", road)
+    assert "weight_decay=0.2 (was 0.1)" in said and "max_steps=6 (was 4)" in said
+    assert "eval_tokens=500 (was" not in said
+    files = [".lock", "best.pt", "ckpt.pt", "curves.png", "log.csv", "samples.txt"]
+    assert sorted(os.listdir(road / "twice")) == files
     assert (road / "twice/samples.txt").read_text().count("step 6 >") == 4
 
 
-def test_gpt_exam_samples_and_export(road, tmp_path):
-    (road / "exam.jsonl").write_text("\n".join(json.dumps(QUESTION | dict(label=n % 4)) for n in range(6)))
-    command = "train_gpt2.py data=tokens init_from=gpt/best.pt eval_only=True exam_file=exam.jsonl exam=5 batch_size=4 total_batch_size=256 block_size=32 device=cpu"
-    alone, two = (run(command, road, launcher=launcher, env=dict(OMP_NUM_THREADS="1")).splitlines()[-2:] for launcher in ((), TORCHRUN + ("--nproc_per_node=2",)))
-    assert alone == two and "HellaSwag, 5 questions: acc 0." in alone[1]
-    said = run("train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu", road)
-    assert said.count("\n> there") == 4 and said == run("train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu", road)
-    run(f"train_gpt2.py init_from=gpt/ckpt.pt export={tmp_path} device=cpu", road)
+def test_gpt_hellaswag_samples_and_export(road, tmp_path):
+    questions = [json.dumps(QUESTION | dict(label=n % 4)) for n in range(6)]
+    (road / "questions.jsonl").write_text("\n".join(questions))
+    command = ("train_gpt2.py data=tokens init_from=gpt/best.pt eval_only=True batch_size=4 "
+               "hellaswag_file=questions.jsonl hellaswag_questions=5 block_size=32 device=cpu")
+    alone, two = (run(command, road, launcher=launcher, env=dict(OMP_NUM_THREADS="1"))
+                  for launcher in ((), (*TORCHRUN, "--nproc_per_node=2")))
+    assert alone.splitlines()[-2:] == two.splitlines()[-2:]
+    assert "HellaSwag, 5 questions: acc 0." in alone
+    command = "train_gpt2.py out_dir=gpt prompt=there max_new_tokens=5 device=cpu"
+    said = printed_by(command, road)
+    assert said.count("\n> there") == 4 and said == printed_by(command, road)
+    printed_by(f"train_gpt2.py init_from=gpt/ckpt.pt export={tmp_path} device=cpu", road)
     coco.mend_torchvision()
     import transformers
-    theirs, tokenizer = (kind.from_pretrained(tmp_path) for kind in (transformers.GPT2LMHeadModel, transformers.GPT2Tokenizer))
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     ours = GPT.from_pretrained(str(road / "gpt/ckpt.pt"))
     idx = torch.tensor([tokenizer.encode("a small red circle above a cross")])
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, ours(idx), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("words, hint", [("total_batch_size=500", "not a multiple"), ("data=nowhere", "no val shards"), ("schedule=linear", "one of cosine, wsd"),
-                                         ("device=gpu", "device=gpu"), ("wandb_log=True", "pip install wandb"), ("init_from=gpt/ckpt.pt data=other", "another tokenizer")])
+@pytest.mark.parametrize("words, hint", [
+    ("total_batch_size=500", "nearest is total_batch_size=512"),
+    ("total_batch_size=1", "nearest is total_batch_size=128"), ("total_batch_size=0", ">= 1"),
+    ("data=nowhere", "no val shards"), ("schedule=linear", "one of cosine, wsd"),
+    ("device=gpu", "device=gpu"), ("wandb_log=True", "pip install wandb"),
+    ("init_from=gpt/ckpt.pt data=other", "another tokenizer"), ("n_head=3", "3 heads"),
+    ("init_from=resume out_dir=gpt n_layer=3", "n_layer=2 and keeps it"), ("max_steps=0", ">= 1"),
+    ("exam=5", "hellaswag_questions="),
+    ("hellaswag_questions=3 hellaswag_file=empty", "no question"),
+    ("init_from=nowhere", "no such file"), ("init_from=resume out_dir=absent prompt=x", "absent")])
 def test_gpt_bad_input(road, words, hint):
     if not (road / "other").exists():  # the same shards, as if of GPT-2's own tokens
-        shutil.copytree(road / "tokens", road / "other", ignore=shutil.ignore_patterns("tokenizer.tiktoken"))
+        shutil.copytree(road / "tokens", road / "other",
+                        ignore=shutil.ignore_patterns("tokenizer.tiktoken"))
+    (road / "empty").write_text("")
     if "wandb" in words and importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     assert hint in run(f"{GPT_RUN} out_dir=bad {words}", road, ok=False)
@@ -667,31 +1159,375 @@ def test_gpt_bad_input(road, words, hint):
 
 def test_gpt_learns(road):
     losses = log_column(road / "gpt/log.csv", "val_loss")
-    assert abs(losses[0] - np.log(fineweb.get_tokenizer(str(road / "tokens/tokenizer.tiktoken")).n_vocab)) < 0.1 and losses[-1] < losses[0] - 0.3
+    n_vocab = fineweb.get_tokenizer(str(road / "tokens/tokenizer.tiktoken")).n_vocab
+    assert abs(losses[0] - np.log(n_vocab)) < 0.1 and losses[-1] < losses[0] - 0.3
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
 
-@pytest.mark.parametrize("script, many", [(GPT_RUN + " max_steps=20", (2, 4)), (CAPTION_RUN + " dropout=0.0", (2,))])
+@pytest.mark.parametrize("script, many", [(GPT_RUN + " max_steps=20", (2,)),
+                                          (CAPTION_RUN + " dropout=0.0", (2,))])
 def test_many_processes_equal_one(road, script, many):
     name = script.split(".")[0]
     run(f"{script} out_dir=one_{name}", road)
     for n in many:
-        run(f"{script} out_dir={n}_{name}", road, launcher=(*TORCHRUN, f"--nproc_per_node={n}"), env=dict(OMP_NUM_THREADS="1"))
-        np.testing.assert_allclose(log_column(road / f"one_{name}/log.csv", "loss"), log_column(road / f"{n}_{name}/log.csv", "loss"), atol=1e-4)
+        run(f"{script} out_dir={n}_{name}", road, env=dict(OMP_NUM_THREADS="1"),
+            launcher=(*TORCHRUN, f"--nproc_per_node={n}"))
+        one, several = (log_column(road / f"{folder}_{name}/log.csv", "loss")
+                        for folder in ("one", n))
+        np.testing.assert_allclose(one, several, atol=1e-4)
 
 
-def test_cut_checkpoint_is_refused_and_the_one_before_offered(road, capsys):
+def test_cut_checkpoint_is_refused(road, capsys):
     path = road / "cut.pt"
     path.write_bytes((road / "gpt/ckpt.pt").read_bytes()[:5000])
     with pytest.raises(SystemExit):
         train_gpt2.load_checkpoint(str(path))
     assert "cut short" in capsys.readouterr().err
-    shutil.copy(road / "gpt/ckpt_previous.pt", road / "cut_previous.pt")
+
+
+class Killed(BaseException):
+    """What stands for a kill: no `except Exception` of the code may survive it."""
+
+
+@pytest.mark.parametrize("is_best", [True, False])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kill_at_any_moment_of_saving_leaves_a_run_to_go_on_with(
+        is_best, links, tmp_path, monkeypatch):
+    countdown = [math.inf]
+
+    def killable(function):
+        def call(*args, **kw):
+            countdown[0] -= 1
+            if countdown[0] < 0:
+                raise Killed
+            return function(*args, **kw)
+        return call
+
+    def no_links(*args):
+        raise OSError("no links here")
+
+    for name in ("fsync", "replace", "remove", "link"):
+        function = no_links if name == "link" and not links else getattr(os, name)
+        monkeypatch.setattr(os, name, killable(function))
+    monkeypatch.setattr(shutil, "copyfile", killable(shutil.copyfile))
+    for moment in itertools.count():
+        folder = str(tmp_path / str(moment))
+        os.makedirs(folder)
+        countdown[0] = math.inf
+        train_gpt2.save_run(folder, dict(step=1), True)
+        countdown[0] = moment
+        with suppress(Killed):
+            train_gpt2.save_run(folder, dict(step=2), is_best)
+        finished, countdown[0] = countdown[0] >= 0, math.inf
+        last, best = (train_gpt2.load_checkpoint(f"{folder}/{name}.pt")["step"]
+                      for name in ("ckpt", "best"))
+        # the best is never older than what a resumed run takes for the best so far
+        assert (last, best) in ([(1, 1), (1, 2), (2, 2)] if is_best else [(1, 1), (2, 1)])
+        if finished:
+            break
+    assert (last, best) == (2, 2 if is_best else 1) and moment > 2
+    assert sorted(os.listdir(folder)) == ["best.pt", "ckpt.pt"]
+
+
+def test_a_run_is_never_trained_over(road):
+    before = (road / "gpt/log.csv").read_bytes()
+    for words in ("", "init_from=gpt/best.pt"):
+        assert "init_from=resume" in run(f"{GPT_RUN} out_dir=gpt {words}", road, ok=False)
+    (road / "val_only").mkdir()
+    for name in ("tokenizer.tiktoken", "edufineweb_val_000000.npy"):
+        shutil.copy(road / "tokens" / name, road / "val_only")
+    assert "no train shards" in run(f"{GPT_RUN} out_dir=gpt init_from=resume data=val_only", road,
+                                    ok=False)
+    assert (road / "gpt/log.csv").read_bytes() == before
+
+
+def test_the_trained_run_is_what_one_samples_exports_and_evaluates(road):
+    printed_by("train_gpt2.py out_dir=gpt device=cpu export=exported", road)
+    (road / "exported/vocab.json").unlink()
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        trained, exported = (GPT.from_pretrained(str(road / name))(idx)
+                             for name in ("gpt/ckpt.pt", "exported"))
+    assert torch.equal(trained, exported)
+    # data, sizes and eval_tokens are the run's; what is said is what was read: whole sequences
+    said = printed_by("train_gpt2.py out_dir=gpt device=cpu eval_only=True", road)
+    loss = log_column(road / "gpt/log.csv", "val_loss")[-1]
+    assert f"resume: validation loss {loss:.4f} over 992 tokens" in said
+    said = printed_by("train_gpt2.py out_dir=gpt device=cpu eval_only=True eval_tokens=10", road)
+    assert "over 32 tokens" in said
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    small_gpt(n_layer=2).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("key, value", [
+    ("activation_function", "relu"), ("activation_function", "gelu"),
+    ("activation_function", "quick_gelu"), ("layer_norm_epsilon", 1e-6),
+    ("scale_attn_weights", False), ("scale_attn_by_inverse_layer_idx", True),
+    ("tie_word_embeddings", False), ("model_type", "gpt_neo")])
+def test_another_model_is_not_taken_for_a_gpt2(key, value, tiny_gpt2_folder, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(tiny_gpt2_folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    if key == "tie_word_embeddings":
+        GPT.from_pretrained(str(tmp_path))  # without an output matrix of its own, it is tied
+        weights = load_file(tmp_path / "model.safetensors")
+        weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
+        save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(SystemExit):
-        train_gpt2.load_checkpoint(str(path))
-    assert "cut_previous.pt" in capsys.readouterr().err
+        GPT.from_pretrained(str(tmp_path))
+    assert key in capsys.readouterr().err
+
+
+def test_weights_in_several_files_are_read(tiny_gpt2_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+    weights = load_file(tiny_gpt2_folder / "model.safetensors")
+    files = {key: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, key in enumerate(weights)}
+    for file in set(files.values()):
+        save_file({key: w for key, w in weights.items() if files[key] == file}, tmp_path / file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=files)))
+    shutil.copy(tiny_gpt2_folder / "config.json", tmp_path)
+    whole, parts = (GPT.from_pretrained(str(f)).state_dict() for f in (tiny_gpt2_folder, tmp_path))
+    assert all(torch.equal(w, parts[key]) for key, w in whole.items())
+
+
+def test_a_folders_own_vocabulary_is_used(road, tmp_path, monkeypatch):
+    # Stands for fineweb.read_vocab: the vocabulary of the exported folder is that of the shards.
+    if not hasattr(fineweb, "read_vocab"):
+        text = (road / "tokens/tokenizer.tiktoken").read_text()
+        monkeypatch.setattr(fineweb, "read_vocab", lambda folder: text, raising=False)
+    folder = tmp_path / "model"
+    printed_by(f"train_gpt2.py out_dir=gpt device=cpu export={folder}", road)
+    encoding = fineweb.get_tokenizer(str(road / "tokens/tokenizer.tiktoken"))
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == encoding.eot_token
+    model, tokenizer, _ = train_gpt2.load_model(str(folder))
+    assert train_gpt2.same_tokenizer(tokenizer, (road / "tokens/tokenizer.tiktoken").read_text())
+    words = f"init_from={folder} device=cpu"
+    assert "\n> there" in printed_by(f"train_gpt2.py prompt=there max_new_tokens=5 {words}", road)
+    assert "validation loss" in printed_by(
+        f"train_gpt2.py data=tokens eval_only=True batch_size=4 {words}", road)
+    (folder / "vocab.json").unlink()  # then the tokenizer is GPT-2's, with more tokens than these
+    assert "a vocab.json" in run(f"train_gpt2.py prompt=there {words}", road, ok=False)
+
+
+def test_tokenizers_are_compared_by_their_tokens(road):
+    text = (road / "tokens/tokenizer.tiktoken").read_text()
+    lines = text.splitlines(keepends=True)
+    assert train_gpt2.same_tokenizer(text, "".join(reversed(lines)))
+    assert not train_gpt2.same_tokenizer(text, "".join(lines[:-1]))
+    swapped = [lines[0].split()[0] + " 1\n", lines[1].split()[0] + " 0\n"] + lines[2:]
+    assert not train_gpt2.same_tokenizer(text, "".join(swapped))
+    assert train_gpt2.same_tokenizer("gpt2", "gpt2")
+    assert not train_gpt2.same_tokenizer("gpt2", text)
+
+
+@pytest.mark.parametrize("text", ["1e3", "0x10", "None.", "a=b"])
+def test_a_prompt_is_continued_as_it_stands(road, text):
+    said = printed_by(f"train_gpt2.py out_dir=gpt max_new_tokens=1 device=cpu prompt={text}", road)
+    assert said.count(f"\n> {text}") == 4
+
+
+def test_a_temperature_near_zero_is_greedy():
+    gpt, start = small_gpt(), torch.zeros(3, 2, dtype=torch.long)
+    likeliest = gpt.generate(start, 5, temperature=0)
+    assert torch.equal(gpt.generate(start, 5, temperature=1e-45, top_k=50), likeliest)
+
+
+def test_ids_beyond_the_tokenizer_are_never_sampled():
+    gpt = small_gpt()
+    with torch.no_grad():
+        gpt.lm_head.weight[90:] *= 100  # what would always win
+    start = torch.zeros(16, 1, dtype=torch.long)
+    assert gpt.generate(start, 5, temperature=0).max() >= 90 > gpt.generate(
+        start, 5, temperature=0, n_vocab=90).max()
+    assert gpt.generate(start, 5, n_vocab=90, seed=1).max() < 90
+
+
+def test_a_run_survives_samples_and_plots_that_fail(road):
+    (road / "unwritable/samples.txt").mkdir(parents=True)
+    (road / "unwritable/curves.png").mkdir()
+    said = printed_by(f"{GPT_RUN} out_dir=unwritable max_steps=1 eval_interval=1", road)
+    assert said.count("samples.txt could not be written (IsADirectoryError") == 2
+    assert "curves.png could not be written" in said
+    assert train_gpt2.load_checkpoint(str(road / "unwritable/ckpt.pt"))["step"] == 1
+
+
+def test_a_log_that_was_changed_by_hand_is_named(tmp_path, capsys):
+    path = tmp_path / "log.csv"
+    path.write_text("\ufeffstep,loss,val_loss\n0,2.5,\n1,2.25,3.0\n2,2.", encoding="utf-8")
+    rows = [dict(step=0, loss=2.5, val_loss=None), dict(step=1, loss=2.25, val_loss=3.0)]
+    assert train_gpt2.read_log(str(path)) == rows
+    path.write_text("step;loss\n0;2,5\n")
+    with pytest.raises(SystemExit):
+        train_gpt2.read_log(str(path))
+    assert "step;loss" in capsys.readouterr().err
+
+
+def test_nothing_that_is_not_finite_is_trained_on(road, capsys):
+    for words in ("learning_rate=1e30", "learning_rate=1e30 grad_clip=0"):
+        line = run(f"{GPT_RUN} out_dir=not_finite {words}", road, ok=False)
+        assert "step " in line and "nan" in line or "inf" in line
+        assert not (road / "not_finite/ckpt.pt").exists()
+    model = small_gpt()
+    before = [p.clone() for p in model.parameters()]
+    optimizers = train_gpt2.make_optimizers(model, "muon", 1e-3, 0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    model.lm_head.weight.grad[3, 2] = math.inf
+    with pytest.raises(SystemExit):
+        train_gpt2.optimizer_step(model, optimizers, 1e-3, 1.0, 7)
+    assert "step 7" in capsys.readouterr().err
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("grad_clip, scale", [(0.0, 1.0), (5.0, 0.5)])
+def test_a_grad_clip_of_zero_clips_nothing(grad_clip, scale):
+    model = torch.nn.Linear(2, 1)
+    model.weight.grad, model.bias.grad = torch.tensor([[6.0, 8.0]]), torch.zeros(1)
+    grads = []
+    optimizer = SimpleNamespace(
+        param_groups=[{}], step=lambda: grads.append(model.weight.grad.clone()),
+        zero_grad=lambda set_to_none: None)
+    assert train_gpt2.optimizer_step(model, [optimizer], 1e-3, grad_clip, 0) == 10.0
+    torch.testing.assert_close(grads[0], scale * torch.tensor([[6.0, 8.0]]), rtol=1e-5, atol=0)
+
+
+def test_emulated_bfloat16_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: False)
+    assert train_gpt2.setup("cpu", "bfloat16").dtype == torch.bfloat16
+    assert "only emulates it" in capsys.readouterr().out
+    assert train_gpt2.setup("cpu", None).dtype == torch.float32
+    assert capsys.readouterr().out == ""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_wandb_mirrors_the_log_and_its_refusal_is_one_line(tmp_path, monkeypatch, capsys):
+    logged = []
+    wandb = SimpleNamespace(init=lambda **kw: None,
+                            log=lambda row, step: logged.append((step, row)),
+                            errors=SimpleNamespace(Error=KeyError))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    started = train_gpt2.start_wandb(dict(out_dir="out/x"))
+    log = train_gpt2.Log(str(tmp_path / "log.csv"), ["step", "loss", "acc"], 0, started)
+    log.add(step=3, loss=2.5, acc=None)
+    assert logged == [(3, dict(step=3, loss=2.5))]
+
+    def refuse(**kw):
+        raise KeyError("api_key not configured (no-tty)")
+
+    wandb.init = refuse
+    with pytest.raises(SystemExit):
+        train_gpt2.start_wandb(dict(out_dir="out/x"))
+    assert "no-tty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu, peak", [
+    ("NVIDIA H100 NVL", 835e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA L4", 121e12),
+    ("NVIDIA L40S", 362e12), ("NVIDIA A100-SXM4-40GB", 312e12)])
+def test_peak_flops_are_those_of_the_gpu(gpu, peak):
+    assert train_gpt2.peak_flops(gpu) == peak
+
+
+def test_mfu_of_an_unknown_device_is_nan():
+    for gpu in ("NVIDIA RTX A4000", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert math.isnan(train_gpt2.peak_flops(gpu))
+    assert math.isnan(train_gpt2.mfu(small_gpt(), 64, 1000))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_loses_another_ends_with_a_line(road, lost):
+    script, *words = f"{GPT_RUN} max_steps=100000 eval_interval=50000 out_dir=lost_{lost}".split()
+    port, processes = str(free_port()), []
+    for rank in (0, 1):
+        env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+        with open(road / f"lost_{lost}_{rank}.txt", "w") as output:
+            processes.append(subprocess.Popen(
+                [sys.executable, os.path.join(REPO, script), *words], cwd=road, env=env,
+                stdout=output, stderr=output))
+    log = road / f"lost_{lost}/log.csv"
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    # and while it runs, its folder is not for another run
+    line = run(f"{GPT_RUN} out_dir=lost_{lost}", road, ok=False)
+    assert f"written by another run (process {processes[0].pid} " in line
+    processes[lost].kill()
+    assert processes[1 - lost].wait(timeout=60) == 1
+    said = (road / f"lost_{lost}_{1 - lost}.txt").read_text()
+    assert f"error: process {1 - lost} lost another process" in said and "Traceback" not in said
+
+
+# Newton-Schulz with float64 arithmetic, the baseline of the tests below
+def orthogonalized(gradient):
+    X = gradient / gradient.norm()
+    for _ in range(5):
+        A = X @ X.T
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
+    return X
+
+
+MUON_SHAPES = [(24, 96), (96, 24), (32, 32), (24, 96)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_muon_orthogonalizes_wide_tall_and_square_matrices(dtype, tolerance):
+    torch.manual_seed(0)
+    for shape in MUON_SHAPES:
+        gradients = torch.randn(3, *shape)
+        ours = train_gpt2.orthogonalize(gradients, dtype)
+        for G, X in zip(gradients, ours):
+            expected = orthogonalized(G.double())
+            torch.testing.assert_close(X.double(), expected, atol=tolerance, rtol=0)
+            # the same singular vectors, and values near 1
+            U, S, V = torch.linalg.svd(G, full_matrices=False)
+            inner = U.T @ X.float() @ V.T
+            assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
+            assert (inner - inner.diagonal().diag()).abs().max() < max(tolerance, 1e-3)
+
+
+def matrices_with_gradients(step):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) for shape in MUON_SHAPES]
+
+
+def test_muon_takes_torchs_steps_and_goes_on_from_its_state(monkeypatch):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon came with torch 2.9")
+    monkeypatch.setattr(train_gpt2, "has_bfloat16", lambda device: False)
+    lr = 0.02
+    theirs, ours = ([torch.nn.Parameter(p) for p in matrices_with_gradients(0)] for _ in range(2))
+    torchs = torch.optim.Muon(theirs, lr=lr, weight_decay=0.1, momentum=0.95,
+                              adjust_lr_fn="match_rms_adamw")
+    muon = train_gpt2.Muon(ours, lr, 0.1)
+    for step in range(1, 5):
+        if step == 3:  # another run goes on from what torch's optimizer saved
+            muon = train_gpt2.Muon(ours, lr, 0.1)
+            muon.load_state_dict(copy.deepcopy(torchs.state_dict()))
+        for params in (theirs, ours):
+            for p, gradient in zip(params, matrices_with_gradients(step)):
+                p.grad = gradient
+        for optimizer in (torchs, muon):
+            optimizer.step()
+        # Torch iterates in bfloat16, 8 bits, and five iterations carry each rounding on: its
+        # directions are within 2**-8 * 5 * 3.4445 of ours, in units of the largest entry.
+        for a, b in zip(theirs, ours):
+            scale = lr * 0.2 * max(a.shape) ** 0.5
+            largest = orthogonalized(a.grad.double()).abs().max().item()
+            assert (a - b).abs().max().item() < step * scale * largest * 5 * 3.4445 * 2**-8
+    assert muon.state_dict()["state"].keys() == torchs.state_dict()["state"].keys()
 
 
 # ---- scores (cider.py)
@@ -788,6 +1624,64 @@ def test_cider_scores_are_pycocoevalcaps(seed):
     assert set(wanted) == set(scores) == set(per_image)
     for metric, (overall, each) in wanted.items():
         np.testing.assert_allclose([scores[metric], *per_image[metric]], [overall, *each], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fast_cider_is_the_formula(seed):
+    rng = random.Random(seed)
+    made = lambda: [rng.choice("abcdef") for _ in range(rng.randrange(9))]
+    candidates = [made() for _ in range(12)]
+    references = [[made() for _ in range(rng.randint(1, 5))] for _ in candidates]
+    fast = cider.evaluate(candidates, references, tokenized=True)[1]["CIDEr"]
+    assert np.allclose(fast, cider.naive_cider(candidates, references), rtol=0, atol=1e-12)
+
+
+def captions_json(images=({"id": 1}, {"id": 2}), annotations=None, **more):
+    if annotations is None:
+        annotations = [dict(image_id=image["id"], caption="a dog") for image in images]
+    return dict(images=list(images), annotations=annotations) | more
+
+
+ROWS = [dict(image_id=1, caption="a"), dict(image_id=2, caption="b")]
+
+
+@pytest.mark.parametrize("content, hint", [
+    (captions_json([{"id": 1}, {"id": "1"}]), "two images have the id 1"),
+    (captions_json(annotations=[*ROWS, dict(image_id=1, caption=None)]), "image 1 is None, not text"),
+    (captions_json(annotations=[*ROWS, dict(image_id=2, caption=["b"])]), "image 2 is ['b'], not text"),
+    (captions_json(annotations=[*ROWS, dict(image_id=2, caption=" ")]), "image 2 is ' ', not text"),
+    (captions_json(annotations=ROWS[:1]), "1 of 2 images have no caption, such as image_id 2"),
+    (captions_json(annotations=[dict(id=7, caption="a")]), "'image_id' is missing"),
+    (captions_json([{"id": 1, "file_name": None}]), "file_name of image 1 is None"),
+    (dict(images=[{"id": 1}]), "'annotations' is missing"),
+    (captions_json([]), "0 of 0 images"),
+    ([1], "not a COCO captions file")])
+def test_a_captions_file_is_checked_once_for_all(content, hint, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        cider.read_captions(str(tmp_path / "c.json"))
+
+
+def test_captions_of_images_that_are_not_listed_are_left_out(tmp_path):
+    content = captions_json([{"id": "x", "file_name": "x.jpg"}],
+                            [dict(image_id="x", caption="a"), dict(image_id=9, caption="b")])
+    (tmp_path / "c.json").write_text(json.dumps(content), encoding="utf-8-sig")
+    assert cider.read_captions(str(tmp_path / "c.json")) == (content["images"], [["a"]])
+
+
+def test_results_for_a_part_are_scored_when_asked(tmp_path):
+    references = {1: ["a dog runs", "the dog"], 2: ["two birds sit"], "3": ["a cat on a mat"]}
+    rows = [dict(image_id=i, caption=c) for i, captions in references.items() for c in captions]
+    (tmp_path / "c.json").write_text(json.dumps(captions_json([{"id": i} for i in references], rows)))
+    (tmp_path / "r.json").write_text(json.dumps([dict(image_id="1", caption="a dog"),
+                                                 dict(image_id=3, caption="a cat")]))
+    assert "subset=True" in run("cider.py r.json c.json", tmp_path, ok=False)
+    run("cider.py r.json c.json subset=True out=s.json", tmp_path)
+    scores, _ = cider.evaluate(["a dog", "a cat"], [references[1], references["3"]])
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [1, "3"]
+    (tmp_path / "r.json").write_text(json.dumps([dict(image_id=1, caption="a dog")]))
+    assert "is always 0" in run("cider.py r.json c.json subset=True", tmp_path)
 
 
 def test_cider_with_given_frequencies():
@@ -1675,19 +2569,59 @@ def test_image_mode_needs_the_checkpoint_alone(trained, tmp_path, server):
     assert "judged.json" in run(f"train_caption.py image={server}/judged.json", tmp_path, ok=False)
 
 
+def test_a_folder_of_pictures_is_captioned_but_for_the_broken_ones(trained, tmp_path):
+    for name in ("a,b.png", "fine.jpg"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    (tmp_path / "._fine.jpg").write_bytes(b"macOS writes such files")
+    (tmp_path / "film.mpg").write_bytes(b"film")
+    (tmp_path / "folder.png").mkdir()
+    words = f"image={tmp_path} init_from=out/caption_whole device=cpu"
+    done = subprocess.run([sys.executable, os.path.join(REPO, "train_caption.py"), *words.split()], cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 2 and "1 could not be captioned" in done.stderr and "broken.jpg" in done.stderr
+    assert "a,b.png: " in done.stdout and "fine.jpg: " in done.stdout and "film" not in done.stdout
+    names = f"{tmp_path}/a,b.png,{tmp_path}/fine.jpg,http://h/a.png?w=1,h=2,{tmp_path}/fine.jpg"
+    assert train_caption.split_names(names) == [f"{tmp_path}/a,b.png", f"{tmp_path}/fine.jpg", "http://h/a.png?w=1,h=2", f"{tmp_path}/fine.jpg"]
+
+
+def test_the_best_checkpoint_is_scored_and_a_run_is_never_trained_over(trained):
+    folder = trained / "out/caption_whole"
+    last, best = (train_gpt2.load_checkpoint(str(folder / name)) for name in ("ckpt.pt", "best.pt"))
+    cider_by_step = {row["step"]: row["CIDEr"] for row in train_gpt2.read_log(folder / "log.csv") if row["CIDEr"] is not None}
+    results = json.loads((folder / "results.json").read_text())
+    assert last["step"] == 8 and results["step"] == best["step"] == max((4, 8), key=cider_by_step.get)
+    assert results["CIDEr"] == pytest.approx(cider_by_step[best["step"]], rel=1e-6) == best["best"]
+    before = {name: (folder / name).stat().st_mtime_ns for name in os.listdir(folder) if name != ".lock"}
+    assert "init_from=resume" in run(f"{CAPTION_RUN} out_dir=out/caption_whole", trained, ok=False)
+    for words in ("image=", "image=None", "split=train2017"):
+        run(f"{CAPTION_RUN} out_dir=out/caption_whole {words}", trained, ok=False)
+    assert before == {name: (folder / name).stat().st_mtime_ns for name in before}
+
+
+def test_features_that_overflow_end_the_run_before_a_save(trained):
+    data = trained / "hot"
+    shutil.copytree(trained / "shapes", data)
+    for split in coco.SPLITS:
+        path = data / f"features/patches_{split}.npy"
+        np.save(path, np.load(path) * 60000.0)  # finite in float16, and far too large
+    command = f"{CAPTION_RUN.replace('data=shapes', 'data=hot')} out_dir=hot_run learning_rate=1e30 fusion=linear"
+    assert "step " in run(command, trained, ok=False) and not (trained / "hot_run/results.json").exists()
+
+
 @needs_shared
 def test_gpt_from_the_hub_a_folder_or_a_file(trained):
     gpt = GPT(GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=16))
     gpt.save_pretrained(str(trained / "pretrained/gpt2"))  # as if downloaded
     losses, words = [], dict(TIKTOKEN_CACHE_DIR=os.path.join(SHARED, "tiktoken"))
     for name in ("gpt2", "pretrained/gpt2/model.safetensors"):
+        shutil.rmtree(trained / "hub", ignore_errors=True)
         run(f"{CAPTION_RUN} out_dir=hub max_steps=1 gpt={name}", trained, env=words)
         losses += log_column(trained / "hub/log.csv", "loss")
     assert losses[0] == losses[1] == pytest.approx(np.log(50257), abs=0.2)
     shutil.rmtree(trained / "pretrained")
     assert "000001.jpg: " in run("train_caption.py image=shapes/val2017/000001.jpg out_dir=hub", trained, env=words)
     small_gpt().save_pretrained(str(trained / "other_words"))
-    assert "only GPT-2's vocabulary" in run(f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words)
+    assert "with its own tokenizer" in run(f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words)
 
 
 @pytest.mark.parametrize("fusion", ["linear", "qformer"])
@@ -1795,7 +2729,7 @@ def as_we_want_it(targets):
 
 def test_paligemma_equals_transformers(reference):
     model, folder, pixels, ids, mask, kind, targets = reference
-    ours = Prompted(PaliGemma.from_pretrained(folder), 2, HARD)
+    ours = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD)
     labels = torch.cat([torch.full((2, 13), -100), targets], 1)
     out = model(input_ids=ids, pixel_values=pixels, token_type_ids=kind, attention_mask=mask, labels=labels)
     language = ours.model.language_model
@@ -1811,7 +2745,7 @@ def test_paligemma_equals_transformers(reference):
 @pytest.mark.parametrize("place, at", [("before_image", 0), ("after_image", 9), ("after_bos", 10), ("before_suffix", 13)])
 def test_soft_prompts_get_transformers_gradients(reference, place, at):
     model, folder, pixels, ids, mask, kind, targets = reference
-    ours = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, place=place, **WAY)
+    ours = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, soft_position=place, **WAY)
     rows = model.get_input_embeddings()(torch.tensor(HARD[:2]))  # scaled; without the "\n"
     torch.testing.assert_close(ours.soft.detach(), rows[torch.arange(5) % 2].detach())
     loss = ours(as_we_want_it(targets), pixels, targets) / 8
@@ -1836,15 +2770,15 @@ def test_paligemma_equals_the_oracle_in_every_format(name):
     hard, pixels, targets = oracle["prefix_ids"][1:].tolist(), oracle["pixel_values"], oracle["labels"][:, 20:]
     idx, n = torch.cat([torch.zeros(2, 1, dtype=torch.long), oracle["input_ids"][:, 20:-1]], 1), (targets >= 0).sum()
     model = PaliGemma.from_pretrained(os.path.join(TINY, name))
-    ours, language = Prompted(model, 2, hard), model.language_model
+    ours, language = PromptedPaliGemma(model, 2, hard), model.language_model
     with torch.no_grad():
         logits = language.head(language(torch.cat([ours.prefix(pixels), language.embed(oracle["input_ids"][:, 20:])], 1), 20))
     real = oracle["attention_mask"] > 0
     torch.testing.assert_close(logits[real], oracle["train_logits"][real], atol=1e-5, rtol=0)
     torch.testing.assert_close(ours(idx, pixels, targets) / n, oracle["train_loss"], atol=1e-5, rtol=0)
     assert ours.generate(pixels, -1, 12).equal(oracle["generated_ids"])
-    for place in paligemma_prompt.PLACES:
-        ours = Prompted(model, 2, hard, place=place, **WAY)
+    for place in paligemma_prompt.SOFT_POSITIONS:
+        ours = PromptedPaliGemma(model, 2, hard, soft_position=place, **WAY)
         ours.soft.data = oracle["soft_prompt"].clone()
         loss = ours(idx, pixels, targets) / n
         loss.backward()
@@ -1925,6 +2859,83 @@ def test_safetensors_may_be_sharded_and_config_incomplete(reference, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(said))
     ours, again = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(str(tmp_path))
     assert ours.config == again.config and all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def respell(reference, tmp_path, change):
+    """The reference's checkpoint after change(tensors, config)."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(os.path.join(reference[1], "model.safetensors"))
+    config = json.load(open(os.path.join(reference[1], "config.json")))
+    change(state, config)
+    save_file({k: w.contiguous() for k, w in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+def table_name(state):
+    return next(key for key in state if key.endswith("embed_tokens.weight"))
+
+
+def test_a_head_alone_is_the_table(reference, tmp_path):
+    def only_head(state, config):
+        state["lm_head.weight"] = state.pop(table_name(state))
+
+    again = PaliGemma.from_pretrained(respell(reference, tmp_path, only_head))
+    ours = PaliGemma.from_pretrained(reference[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+def untied(state, config):
+    state["lm_head.weight"] = state[table_name(state)] + 1
+    config["tie_word_embeddings"] = False
+
+
+def quantized(state, config):
+    state[table_name(state)] = state[table_name(state)].to(torch.int8)
+
+
+@pytest.mark.parametrize("change, hint", [
+    (untied, "tie_word_embeddings=false"), (quantized, "stored as I8"),
+    (lambda state, config: config["text_config"].update(model_type="llama"), "model_type=llama"),
+    (lambda state, config: config["text_config"].update(rope_scaling=dict(type="linear")), "scales RoPE"),
+    (lambda state, config: config["text_config"].update(hidden_activation="silu"), "activation=silu"),
+    (lambda state, config: config["vision_config"].update(num_attention_heads=7), "7 heads do not divide"),
+    (lambda state, config: config["text_config"].update(head_dim="16"), "not one of a PaliGemma")])
+def test_what_would_compute_something_else_is_refused(change, hint, reference, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        PaliGemma.from_pretrained(respell(reference, tmp_path, change))
+    assert hint in capsys.readouterr().err
+
+
+def test_a_soft_prompt_beside_lora_has_its_own_rate(reference):
+    ours = PromptedPaliGemma(PaliGemma.from_pretrained(reference[1]), 2, HARD, trainable="lora", **WAY)
+    optimizers = paligemma_prompt.make_optimizer(ours, "adamw", 50.0)
+    before = {k: p.detach().clone() for k, p in ours.trained().items()}
+    for p in ours.trained().values():
+        p.grad = torch.ones_like(p)
+    train_gpt2.optimizer_step(ours, optimizers, 1e-3, 0.0, 0)
+    moved = {k: (p - before[k]).abs().max().item() for k, p in ours.trained().items()}
+    assert moved["soft"] == pytest.approx(50e-3, rel=1e-3)
+    assert all(m == pytest.approx(1e-3, rel=1e-3) for k, m in moved.items() if k != "soft")
+
+
+def test_a_model_that_was_trained_whole_with_a_soft_prompt_loads_again(prompted, monkeypatch):
+    command = "batch_size=8 max_steps=2 eval_interval=2 device=cpu"
+    inside(f"paligemma=base/adapter.safetensors data=aerial trainable=all prompt=soft out_dir=all_of_it {command}", prompted, monkeypatch)
+    rows = (prompted / "all_of_it/log.csv").read_text()
+    inside("init_from=all_of_it eval_only=True data=aerial device=cpu batch_size=8", prompted, monkeypatch)
+    assert (prompted / "all_of_it/log.csv").read_text() == rows  # an evaluation leaves the run as it was
+    ours, again = (json.loads((prompted / folder / "results.json").read_text()) for folder in ("all_of_it", "all_of_it/eval"))
+    assert ours["perplexity"] == pytest.approx(again["perplexity"], rel=1e-6)
+
+
+def test_two_folders_are_each_shown_whole():
+    captions = TokenizedCaptions([["a"]] * 30, fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300)), 5)
+    shown = [set(), set()]
+    for step in range(2 * 6):  # an epoch of two folders of 30 pictures, 5 a step
+        shown[step % 2] |= set(training_batch(step // 2, 5, captions, 1)[0].tolist())
+    assert shown == [set(range(30))] * 2
 
 
 @pytest.mark.parametrize("change, hints", [
@@ -2020,16 +3031,16 @@ def test_models_come_from_the_hub(reference, tmp_path, monkeypatch, capsys):
 
 def test_lora_starts_as_the_model_is_and_only_what_is_asked_for_is_trained(reference):
     model, folder, pixels, ids, mask, kind, targets = reference
-    idx, plain = as_we_want_it(targets), Prompted(PaliGemma.from_pretrained(folder), 2, HARD)
+    idx, plain = as_we_want_it(targets), PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD)
     before = plain(idx, pixels, targets)
-    for way, ending in ((dict(train="lora", lora_rank=2), ("lora_a", "lora_b")), (dict(train="attention"), ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")),
+    for way, ending in ((dict(trainable="lora", lora_rank=2), ("lora_a", "lora_b")), (dict(trainable="attention"), ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")),
                         (dict(prompt="soft"), ("soft",)), (dict(stack=True), ("multi_modal_projector.linear.weight", "multi_modal_projector.linear.bias"))):
-        asked = Prompted(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way)
+        asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way)
         loss = asked(idx, pixels, targets)
         loss.backward()
         assert all(name.endswith(ending) and p.grad is not None and p.dtype == torch.float32 for name, p in asked.trained().items())
         assert not [name for name, p in asked.named_parameters() if name not in asked.trained() and (p.grad is not None or p.dtype != torch.bfloat16)]
-    asked = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, train="lora", lora_rank=2)
+    asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, trainable="lora", lora_rank=2)
     assert torch.equal(asked(idx, pixels, targets), before) and len(asked.trained()) == 3 * 7 * 2
 
 
@@ -2037,7 +3048,7 @@ def test_recomputed_layers_give_the_same_gradients(reference):
     _, folder, pixels, _, _, _, targets = reference
     grads = []
     for recompute in (False, True):
-        asked = Prompted(PaliGemma.from_pretrained(folder), 2, HARD, **WAY)
+        asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, **WAY)
         asked.model.language_model.recompute = recompute
         asked(as_we_want_it(targets), pixels, targets).backward()
         grads.append(asked.soft.grad)
@@ -2045,7 +3056,7 @@ def test_recomputed_layers_give_the_same_gradients(reference):
 
 
 def test_cached_generation_equals_the_plain_path(reference):
-    asked, pixels = Prompted(PaliGemma.from_pretrained(reference[1]), 2, HARD, order="bos,prompt,image", place="before_suffix", **WAY), reference[2]
+    asked, pixels = PromptedPaliGemma(PaliGemma.from_pretrained(reference[1]), 2, HARD, prefix_order="bos,prompt,image", soft_position="before_suffix", **WAY), reference[2]
     language, idx = asked.model.language_model, torch.zeros(2, 0, dtype=torch.long)
     with torch.no_grad():
         prefix = asked.prefix(pixels)
@@ -2058,7 +3069,7 @@ def test_cached_generation_equals_the_plain_path(reference):
 def test_pieces_of_the_prefix_come_in_the_order_asked_for(reference):
     model, pixels = PaliGemma.from_pretrained(reference[1]), reference[2]
     image, bos, hard = model.encode_image(pixels)[0], model.language_model.embed(torch.tensor([2])), model.language_model.embed(torch.tensor(HARD))
-    asked = Prompted(model, 2, HARD, order="bos,prompt,image", place="after_bos", **WAY)
+    asked = PromptedPaliGemma(model, 2, HARD, prefix_order="bos,prompt,image", soft_position="after_bos", **WAY)
     torch.testing.assert_close(asked.prefix(pixels)[0], torch.cat([bos, asked.soft, hard, image]))
 
 
@@ -2094,7 +3105,7 @@ def test_live_bytes_are_counted_and_forgotten():
     assert b.sum() == 1000
 
 
-@pytest.mark.parametrize("way, limit", [(dict(prompt="soft"), 6.8), (dict(train="attention"), 8.5)])
+@pytest.mark.parametrize("way, limit", [(dict(prompt="soft"), 6.8), (dict(trainable="attention"), 8.5)])
 def test_a_step_of_the_full_size_fits(way, limit):
     c = SimpleNamespace(**paligemma_prompt.FULL)
     with torch.device("meta"):
@@ -2103,7 +3114,7 @@ def test_a_step_of_the_full_size_fits(way, limit):
 
 
 def test_too_little_memory_is_said_with_what_would_fit(capsys, monkeypatch):
-    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(prompt="hard", train="lora", stack=False)
+    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(prompt="hard", trainable="lora", stack=False)
     paligemma_prompt.check_memory(c, "cpu", torch.float32, 1, way)
     for need, hint in ((lambda c, B, device, dtype, **way: 1e6 if B > 1 else 0.01, "batch_size=1"), (lambda *args, **way: 0.01 if "prompt" in way and len(way) == 1 else 1e6, "prompt=soft"),
                        (lambda *args, **way: 1e6, "nothing here")):
@@ -2127,7 +3138,7 @@ def prompted(tmp_path_factory):
     """A drawn world, and a small PaliGemma that looked at it for three steps."""
     cwd, patch = tmp_path_factory.mktemp("prompted"), pytest.MonkeyPatch()
     coco.draw_shapes(str(cwd / "aerial"), 60, 0, 1, paligemma_prompt.drawn_world(1, 1))
-    inside("paligemma=small data=aerial out_dir=base train=all optimizer=muon batch_size=8 max_steps=3 words='caption en,en' device=cpu", cwd, patch)
+    inside("paligemma=small data=aerial out_dir=base trainable=all optimizer=muon batch_size=8 max_steps=3 prompt_text='caption en,en' device=cpu", cwd, patch)
     inside("paligemma=base/adapter.safetensors data=aerial prompt=soft out_dir=soft batch_size=8 max_steps=4 eval_interval=2 device=cpu", cwd, patch)
     patch.undo()
     return cwd
@@ -2157,9 +3168,9 @@ def test_a_soft_prompt_is_small_and_knows_where_it_belongs(prompted, monkeypatch
 
 def test_a_stack_trains_its_projector_and_is_loaded_again(prompted, monkeypatch):
     parts = "stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors"
-    inside(f"{parts} data=aerial train=lora order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
+    inside(f"{parts} data=aerial trainable=lora prefix_order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
     tensors, about = paligemma_prompt.load_adapter(str(prompted / "stack/adapter.safetensors"))
-    assert len(tensors) == 4 * 7 * 2 + 2 and about["order"] == "bos,prompt,image" and about["siglip"] == "base/adapter.safetensors"
+    assert len(tensors) == 4 * 7 * 2 + 2 and about["prefix_order"] == "bos,prompt,image" and about["siglip"] == str(prompted / "base/adapter.safetensors")
     inside("init_from=stack/adapter.safetensors data=aerial eval_only=True out_dir=stack_again device=cpu", prompted, monkeypatch)
     was, again = (json.load(open(prompted / f"{name}/results.json"))["perplexity"] for name in ("stack", "stack_again"))
     assert again == pytest.approx(was, rel=1e-6)
@@ -2174,25 +3185,30 @@ def test_adapting_resumes_exactly(prompted, monkeypatch):
 
 
 def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
-    monkeypatch.setattr(train_caption, "run", lambda script, *words: inside(shlex.join(words), prompted, monkeypatch))
+    monkeypatch.setattr(train_caption, "run_script", lambda script, *words: inside(shlex.join(words), prompted, monkeypatch))
     with suppress(SystemExit):
         inside("paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all batch_size=8 max_steps=1 device=cpu", prompted, monkeypatch)
     rows, said = json.load(open(prompted / "all/results.json")), capsys.readouterr().out
-    assert [row["way"] for row in rows] == list(paligemma_prompt.WAYS) and [row["step"] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
+    assert [row["way"] for row in rows] == list(paligemma_prompt.METHODS) and [row["step"] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
     assert all(f"{row['way']:<20} | {row['trained']:>9,}" in said for row in rows)
     assert Image.open(prompted / "all/comparison.png").size[0] > 800 and os.path.exists(prompted / "all/curves.png")
 
 
 @pytest.mark.parametrize("command, hint", [
-    ("place=on_top", "before_image, after_image, after_bos, before_suffix"),
+    ("soft_position=on_top", "before_image, after_image, after_bos, before_suffix"),
     ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "must be >= 1"),
-    ("paligemma=base/adapter.safetensors data=aerial order=image,bos", "each once"),
+    ("paligemma=base/adapter.safetensors data=aerial prefix_order=image,bos", "each once"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=toy.model", "don't belong together"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=newline.model", "must be one token"),
     ("paligemma=base/adapter.safetensors data=aerial tokenizer=nothing.model", "nothing.model is not a SentencePiece model"),
     ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption of image 1 is"),
     ("paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors", "soft is (10, 64) instead of (10, 128)"),
-    ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "not an adapter"),
+    ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "or its folder"),
+    ("paligemma=base/adapter.safetensors data=aerial init_from=resum", "scratch, resume, or an adapter"),
+    ("paligemma=base/adapter.safetensors data=aerial words=en", "now called prompt_text="),
+    ("paligemma=base/adapter.safetensors data=aerial prompt_text=<image>en", "the words only"),
+    ("paligemma=base/adapter.safetensors data=aerial out_dir=soft", "holds a run"),
+    ("paligemma=base/adapter.safetensors data=aerial grad_clip=-1", "must be >= 0"),
     ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
     ("paligemma=nowhere data=aerial", "no such file or folder"),
     ("stack=True data=aerial", "siglip= and gemma="),
@@ -2274,16 +3290,18 @@ def bench_gpt2(process):
     theirs = GPT2LMHeadModel(GPT2Config(
         n_positions=T, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(process.device)
-    run_ours, run_theirs = ours, theirs
-    if cuda:
-        run_ours, run_theirs = torch.compile(ours), torch.compile(theirs)
-    steps = {"here": train_step_of(ours, run_ours),
+    run_theirs = theirs
+    if train_gpt2.should_compile(None, process):
+        run_theirs = torch.compile(theirs)
+        for block in ours.transformer.h:
+            block.compile()
+    steps = {"here": train_step_of(ours, ours),
              "transformers": train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)}
     memory = {name: peak_memory(step) if cuda else math.nan for name, step in steps.items()}
     seconds = median_seconds(*steps.values())
     for name, each in zip(steps, seconds):
         speed = B * T / each
-        print(f"{name:13} {speed:12,.0f} tokens/s{train_gpt2.flops_share(ours, T, speed)} | "
+        print(f"{name:13} {speed:12,.0f} tokens/s | MFU {train_gpt2.mfu(ours, T, speed):.1%} | "
               f"{memory[name] / 1e9:.2f} GB | here is {each / seconds[0]:.2f} times as fast")
 
 

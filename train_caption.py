@@ -1,22 +1,33 @@
-"""
-The captioner: a frozen GPT, a frozen eye, and the one thing that is trained, the bridge between them.
+r"""
+Image captioning with a frozen GPT and frozen image features. Only the fusion module between the two
+is trained.
 
-    python train_caption.py                                   # nothing prepared: built-in scenes, end to end, two minutes on a laptop, 94% right
-    python train_caption.py fusion=all                        # five variants side by side
-    python train_caption.py image=a.jpg,photos beam=5         # caption pictures of your own with the newest run
-    python train_caption.py data=data/coco2017 gpt=gpt2       # COCO on one GPU, once `python coco.py` has encoded it
-    torchrun --standalone --nproc_per_node=8 train_caption.py data=data/coco2017 gpt=out/gpt2/ckpt.pt
-    python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 min_lr=1e-5 max_steps=924   # on, for CIDEr
+    python train_caption.py                            # nothing prepared: a demo, two minutes
+    python train_caption.py fusion=all                 # five variants side by side
+    python train_caption.py image=a.jpg,photos beam=5  # caption pictures with the newest run
+    python train_caption.py data=data/coco2017 gpt=gpt2             # COCO on one GPU, after coco.py
+    torchrun --standalone --nproc_per_node=8 train_caption.py gpt=out/gpt2/ckpt.pt      # eight
+    python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 \
+        min_lr=1e-5 max_steps=924                      # goes on from a run, for CIDEr itself
 
-Three bridges:
-  xattn    before every `every`-th block of the GPT, a gated cross-attention block lets each word look at the picture (Flamingo,
-           Alayrac et al. 2022). Its gates start at zero: training starts from the GPT exactly as it was, and opens its eyes little by little.
-  linear   the picture's tokens, through one matrix, are put before the words as if they were words (ClipCap, LLaVA).
-  qformer  32 learned queries read the picture first, and what they found is put before the words (BLIP-2, Li et al. 2023).
+Three fusion modules:
+  xattn    Before every `every`-th block of the GPT, a gated cross-attention block lets each token
+           attend to the picture (Flamingo, Alayrac et al. 2022). Its gates start at zero, so
+           training starts from the GPT exactly as it was.
+  linear   The image features, through one matrix, stand before the text as if they were tokens
+           (ClipCap, LLaVA).
+  qformer  32 learned queries attend to the image features. Their outputs stand before the text
+           (BLIP-2, Li et al. 2023).
 
-The defaults are the published recipes on COCO 2017 with GPT-2 124M and CLIP ViT-B/32, which report CIDEr 57.1 / 55.9 / 47.8 for a gated block
-before every layer, every 2nd, every 4th; about 12 for linear; 35.0 for qformer (their protocol, `single_reference=True`: see below).
-Writes out_dir/{ckpt.pt, log.csv, results.json, captions_val2017.json, curves.png, captions.png, attention.png}.
+A caption is BOS, its tokens, EOS; both ends are <|endoftext|>, with which every document began in
+pretraining. GPT-2 predicts the token after a position, so the first word needs a position before
+it. With xattn, that position is also where the first word is asked from the picture.
+
+The defaults are the published recipes on COCO 2017 with GPT-2 124M and CLIP ViT-B/32. They report
+CIDEr 57.1 / 55.9 / 47.8 for a gated block before every layer, every 2nd, every 4th; about 12 for
+linear; 35.0 for qformer (by their protocol, which `single_reference=True` adds to ours).
+Writes out_dir/{ckpt.pt, best.pt, log.csv, results.json, captions_val2017.json, curves.png,
+captions.png, best_worst.png, attention.png}. best.pt is the checkpoint with the highest CIDEr.
 """
 import functools
 import glob
@@ -26,6 +37,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,72 +53,90 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
-from fineweb import configure, die, download, get_tokenizer, print_settings
-from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, beam_search, curve, decode, get_lr, finish, load_checkpoint, load_weights, make_optimizers,
-                        warn_changed, local_main_process_first, plot, pyplot, read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
-                        stop_signals, all_reduce_sum, optimizer_step)
+from fineweb import configure, die, download, get_tokenizer, lock_folder, print_settings
+from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_search,
+                        check_finite, curve, decode, finish, get_lr, load_checkpoint, load_model,
+                        load_weights, local_main_process_first, make_optimizers, optimizer_step, plot,
+                        pyplot, read_log, resume_optimizers, save_run, setup, start_wandb, stop_signals,
+                        warn_changed)
 from cider import document_frequencies, evaluate as score, tokenize
-from coco import encode, fingerprint, load_captions, load_encoder, load_features, open_image, save_json, fraction_right, splits_of
+from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
+                  open_image, save_json, splits_of, warn_overlap)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings: `python train_caption.py name=value` overrides any of them
 
-data: str = None            # a folder in COCO's layout; None = data/coco2017 if it is there, else the built-in scenes
+data: str = None            # folder in COCO's layout; None = data/coco2017, or a demo
 out_dir: str = None         # where the run goes; None = out/caption_{data}_{fusion}
-init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | another run (its folder or ckpt.pt): starts from its bridge, with its settings
-eval_only = False           # with init_from=resume: evaluate and draw, train nothing
-gpt = "gpt2"                # the frozen writer: gpt2, gpt2-medium, ... | a folder, .safetensors or ckpt.pt
-encoder = "ViT-B-32"        # the frozen eye, whose features coco.py wrote
-split = "val2017"           # held-out pictures; test2017 for data sets that have one, such as COCO in Karpathy's splits
-fusion = "xattn"            # one of xattn | linear | qformer | all: xattn, linear, qformer; all = train every variant and compare
-every = 1                   # >= 1: xattn: a gated block before every so-manieth block of the GPT
-n_query = 32                # >= 1: qformer: how many learned queries
-dropout = 0.1               # >= 0, < 1: xattn, qformer: on what the bridge makes of the picture
-shuffle = False             # give every picture another one's features: what a captioner scores that can't see
-batch_size = 128            # >= 1: pictures a step, over all processes; each with one of its captions, drawn anew each epoch
-max_length = 40             # >= 1: longest caption, in tokens; the rest is cut, counted and said
-optimizer = "adamw"         # one of adamw | muon: adamw, or muon for the bridge's matrices
+init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | another run (its folder or file)
+eval_only = False           # with init_from=resume: score and draw the best checkpoint of the run
+gpt = "gpt2"                # the frozen GPT: gpt2, gpt2-medium, ... | a folder, a .safetensors, a .pt
+encoder = "ViT-B-32"        # the frozen image encoder whose features coco.py wrote
+split = "val2017"           # held-out pictures: val2017, or test2017 where the data set has it
+fusion = "xattn"            # one of xattn | linear | qformer | all: all trains and compares them
+every = 1                   # >= 1: xattn: a gated block before every k-th block of the GPT
+n_query = 32                # >= 1: qformer: number of learned queries
+dropout = 0.1               # >= 0, < 1: xattn, qformer: of the projected image features
+shuffle = False             # give each picture the features of another one, as a control
+batch_size = 128            # >= 1: pictures a step over all processes, each with one random caption
+max_length = 40             # >= 1: tokens of the longest caption; longer ones are cut and counted
+optimizer = "adamw"         # one of adamw | muon: muon is for the matrices of the fusion module
 learning_rate = 2e-4        # > 0: the peak
 min_lr = 1e-4               # >= 0: where the cosine ends
 warmup_steps = 0            # >= 0
 max_steps = 7_392           # >= 1: 8 epochs of 118,287 pictures
 weight_decay = 0.1          # >= 0
-beta2 = 0.95                # >= 0, < 1: AdamW's second; the first is 0.9
-grad_clip = 1.0             # >= 0
-scst = False                # train on CIDEr itself, from a bridge that init_from= names
-samples = 5                 # >= 2: scst: captions drawn for each picture, which compete
-eval_interval = 924         # >= 1: steps between evaluations, each followed by a checkpoint: an epoch
+beta2 = 0.95                # >= 0, < 1: of AdamW; beta1 is 0.9
+grad_clip = 1.0             # >= 0: largest norm of the gradient; 0 = no clipping
+scst = False                # train on CIDEr itself, from a run that init_from= names
+samples = 5                 # >= 2: scst: captions sampled for each picture
+eval_interval = 924         # >= 1: steps between evaluations, each with a checkpoint: one epoch
 log_interval = 20           # >= 1: steps between printed lines
-single_reference = False    # score by the published table's protocol as well
-beam = 1                    # >= 1: final captions and image=: beam search among so many, 1 = greedy
-image: str = None           # caption pictures, folders, globs, URLs (a,b,...) with out_dir's checkpoint (None: the newest) and train nothing
+single_reference = False    # also score by the published table's protocol
+beam = 1                    # >= 1: beams of the search for final captions and image=; 1 = greedy
+image: str = None           # caption pictures, folders, globs, URLs (a,b,...) and train nothing
 num = 1                     # >= 1: image=: captions a picture
-temperature = 1.0           # >= 0: image=: 0 takes the likeliest word each time
-top_k = 10                  # >= 1: image=: choose among so many words
+temperature = 1.0           # >= 0: image=: 0 takes the likeliest token each time
+top_k = 10                  # >= 1: image=: sample from the k likeliest tokens
 seed = 1337                 # >= 0
 device: str = None          # cuda, cpu, mps; None takes the best there is
-dtype: str = None           # one of bfloat16 | float32: bfloat16 or float32 for the matmuls; None = bfloat16 on CUDA
-compile: bool = None        # torch.compile the training step; None = on CUDA
+dtype: str = None           # one of bfloat16 | float32: of the matmuls; None = bfloat16 on CUDA
+compile = False             # torch.compile the model: minutes, for a step that is quick anyway
 wandb_log = False           # mirror the log to Weights & Biases
 
-# The published prefix runs had a recipe of their own, one epoch long: fusion=linear and fusion=qformer take it where the command line is silent.
-PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_decay=0.05, beta2=0.98, max_steps=463, eval_interval=463)
-# What a run that starts from another one takes over from it, likewise:
-INHERITED = ("data", "gpt", "encoder", "fusion", "every", "n_query", "dropout", "shuffle", "batch_size", "max_length", "optimizer", "weight_decay",
-             "beta2")
+# The published prefix runs have a recipe of their own, one epoch long. fusion=linear and
+# fusion=qformer take it for what is not typed.
+PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_decay=0.05,
+                     beta2=0.98, max_steps=463, eval_interval=463)
+# The demo on drawn scenes: what is trained where there is no COCO and data= is not typed.
+DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64,
+            optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
+            beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
+# What a run takes over from the run that it starts from, and what a resumed run takes over.
+INHERITED = ("data gpt encoder fusion every n_query dropout shuffle batch_size max_length "
+             "optimizer weight_decay beta2").split()
+RESUMED = INHERITED + ("learning_rate min_lr warmup_steps max_steps grad_clip scst samples "
+                       "eval_interval log_interval single_reference seed").split()
+VARIANTS = [("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1)]
 
-# Where there is no COCO, and no data= names another data set: drawn scenes, which `take_the_built_in_road` makes.
-SHAPES_PRESET = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64, optimizer="muon", learning_rate=8e-3,
-                     min_lr=4e-4, warmup_steps=20, weight_decay=0.0, beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
-VARIANTS = (("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1))  # what fusion=all compares: (fusion, every)
+# --------------------------------------------------------------------------------------------------
+# B pictures of S tokens, W wide, as the encoder made them. R rows of T tokens (captions); row r is
+# about picture image_idx[r]. C = n_embd, H = n_head, D = C / H; P prefix tokens; V = vocab_size
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the bridges. B pictures, S tokens each, W wide as the encoder made them; R rows of words about them, T long, each row with an `image_idx`, its
-# picture; C = n_embd, H = n_head, D = C / H; P prefix tokens; V = vocab_size
+# +------------------------------------------------------------------------------------------------+
+# | Gated cross-attention (Flamingo, Alayrac et al. 2022, section 2.4)                             |
+# |                                                                                                |
+# |     x = x + tanh(attn_gate) * Attention(query: LN(x), key and value: image)                    |
+# |     x = x + tanh(mlp_gate)  * MLP(LN(x))                                                       |
+# |                                                                                                |
+# | x (R, T, C) are the hidden states of the text, image (B, S, C) the projected image features.   |
+# | Both gates start at 0, and tanh(0) = 0: the block changes nothing. Everything in it is then    |
+# | multiplied by zero, so at the first step only the two gates have a gradient. Once they leave   |
+# | 0, the rest of the block starts to learn.                                                      |
+# +------------------------------------------------------------------------------------------------+
 
 
 class GatedCrossAttention(nn.Module):
-    """Flamingo's block: words x (R, T, C) ask, the picture answers; each half is added through tanh(gate), with gate = 0 at the start."""
 
     def __init__(self, n_embd, n_head):
         super().__init__()
@@ -120,62 +150,78 @@ class GatedCrossAttention(nn.Module):
         self.mlp = MLP(n_embd)
         self.mlp_gate = nn.Parameter(torch.zeros(()))
 
-    def image_kv(self, picture):
-        """Keys and values of the pictures (B, S, C): (2, B, H, S, D). They are the same for every word, so they are computed once."""
-        B, S, C = picture.shape
-        kv = self.c_kv(picture).view(B, S, 2, self.n_head, C // self.n_head)
-        return kv.permute(2, 0, 3, 1, 4).contiguous()  # else every word would copy them into this order
+    def image_kv(self, image):
+        """image (B, S, C) -> keys and values (2, B, H, S, D), the same for every token of text."""
+        B, S, C = image.shape
+        kv = self.c_kv(image).view(B, S, 2, self.n_head, C // self.n_head)
+        # contiguous: otherwise every generated token would copy them into this order
+        return kv.permute(2, 0, 3, 1, 4).contiguous()
 
-    def forward(self, x, kv, weights=None):
+    def forward(self, x, kv, attention_maps=None):
+        """x (R, T, C), kv (2, R, H, S, D) -> (R, T, C). Attention (R, T, S) goes to a list."""
         R, T, C = x.shape
-        q = self.c_q(self.ln_1(x)).view(R, T, self.n_head, C // self.n_head).transpose(1, 2)  # (R, H, T, D)
-        # Every word sees the whole picture: nothing is causal here. Written out, as for so few keys F.scaled_dot_product_attention is no
-        # help: in bfloat16 on a CPU it takes four times as long.
-        attention = (q @ kv[0].mT * q.shape[-1] ** -0.5).softmax(-1)  # (R, H, T, S)
-        if weights is not None:  # for drawing: where each word looks, (R, T, S), mean over heads
-            weights.append(attention.mean(1))
-        y = attention @ kv[1]  # (R, H, T, D)
-        x = x + self.attn_gate.tanh() * self.c_proj(y.transpose(1, 2).reshape(R, T, C))
+        k, v = kv
+        q = self.c_q(self.ln_1(x)).view(R, T, self.n_head, C // self.n_head).transpose(1, 2)
+        # Every token attends to the whole picture: no mask. This is written out because there are
+        # few keys: F.scaled_dot_product_attention is slower here on a CPU in bfloat16.
+        attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (R, H, T, S)
+        if attention_maps is not None:
+            attention_maps.append(attention.mean(1))
+        y = (attention @ v).transpose(1, 2).reshape(R, T, C)
+        x = x + self.attn_gate.tanh() * self.c_proj(y)
         return x + self.mlp_gate.tanh() * self.mlp(self.ln_2(x))
 
 
 class QFormer(nn.Module):
-    """Learned queries that attend to each other and to the picture through two layers, and leave as n_query prefix tokens."""
+    """
+    Learned queries attend to each other and to the image features through two layers (Li et al.
+    2023, https://arxiv.org/abs/2301.12597). Features (B, S, W) -> prefix (B, n_query, C).
+    """
 
     def __init__(self, width, n_embd, n_query, dropout, n_layer=2, n_head=8):
         super().__init__()
         self.read = nn.Linear(width, n_embd)
         self.queries = nn.Parameter(0.02 * torch.randn(1, n_query, n_embd))
         self.layers = nn.ModuleList([
-            nn.TransformerDecoderLayer(n_embd, n_head, 4 * n_embd, dropout, "gelu", batch_first=True, norm_first=True) for _ in range(n_layer)])
+            nn.TransformerDecoderLayer(n_embd, n_head, 4 * n_embd, dropout, "gelu",
+                                       batch_first=True, norm_first=True)
+            for _ in range(n_layer)])
         self.write = nn.Sequential(nn.LayerNorm(n_embd), nn.Linear(n_embd, n_embd))
 
     def forward(self, features):
-        picture = self.read(features)  # (B, S, C)
-        x = self.queries.expand(len(features), -1, -1)  # (B, P, C)
+        image = self.read(features)  # (B, S, C)
+        x = self.queries.expand(len(features), -1, -1)
         for layer in self.layers:
-            x = layer(x, picture)
+            x = layer(x, image)
         return self.write(x)
 
 
 class Captioner(nn.Module):
-    """A frozen GPT and a trainable bridge. Without a picture it is that GPT, whatever the bridge has learned."""
+    """
+    A frozen GPT and a trainable fusion module: `project`, and for xattn the blocks in `gated`. A
+    further kind of fusion needs its module here, its branch in encode_image, and its name in the
+    setting. Without a picture, the model is the GPT.
+    """
 
     def __init__(self, gpt, fusion, every, width, n_query=32, dropout=0.1):
         super().__init__()
-        C, config = gpt.config.n_embd, gpt.config
         self.gpt, self.fusion = gpt.requires_grad_(False), fusion
+        C, n_head, n_layer = gpt.config.n_embd, gpt.config.n_head, gpt.config.n_layer
+        self.gated = nn.ModuleDict()
         if fusion == "xattn":
             self.project = nn.Sequential(nn.Linear(width, C), nn.LayerNorm(C), nn.Dropout(dropout))
-            self.gated = nn.ModuleDict({str(layer): GatedCrossAttention(C, config.n_head) for layer in range(0, config.n_layer, every)})
+            for layer in range(0, n_layer, every):
+                self.gated[str(layer)] = GatedCrossAttention(C, n_head)
+        elif fusion == "linear":
+            self.project = nn.Linear(width, C)
         else:
-            self.project = nn.Linear(width, C) if fusion == "linear" else QFormer(width, C, n_query, dropout)
-            self.gated = nn.ModuleDict()
+            self.project = QFormer(width, C, n_query, dropout)
 
     def to_process(self, process):
         """
-        Moves to the device. Where matmuls run in bfloat16, the frozen matrices are kept in it: autocast remembers its copies of trained
-        weights only, and would make those of the frozen ones anew for every batch and every word.
+        Moves the model to the device. If matmuls run in bfloat16, the frozen matrices are stored in
+        it: autocast caches its copies of trained weights only, and would convert the frozen ones
+        again for every batch and every generated token.
         """
         if process.dtype == torch.bfloat16:
             for name, p in self.gpt.named_parameters():
@@ -185,158 +231,197 @@ class Captioner(nn.Module):
 
     def encode_image(self, features, image_idx=None):
         """
-        Features (B, S, W) -> what the GPT gets of them: keys and values for each gated block, or a prefix (R, P, C). image_idx (R,): which
-        of the pictures each row of words is about; None = row i about picture i.
+        Features (B, S, W) -> what the GPT needs of each row's picture: for xattn {layer: keys and
+        values (2, R, H, S, D)}, otherwise a prefix (R, P, C). image_idx (R,): the picture of each
+        row; None = row i is about picture i.
         """
-        picture = self.project(features)
+        image = self.project(features)
         rows = slice(None) if image_idx is None else image_idx
-        if not self.gated:
-            return picture[rows]
-        return {layer: block.image_kv(picture)[:, rows] for layer, block in self.gated.items()}
+        if self.fusion == "xattn":
+            return {layer: block.image_kv(image)[:, rows]
+                    for layer, block in self.gated.items()}
+        return image[rows]
 
-    def hidden(self, idx, image=None, kv_cache=None, weights=None):
-        """Tokens idx (R, T), the next after those in the cache, and `look(features)` -> (R, T, C), of which `gpt.head` makes logits."""
-        P = image.shape[1] if torch.is_tensor(image) else 0
-        seen = kv_cache.pos if kv_cache else 0
-        x = self.gpt.embed(idx, max(0, seen - P))  # the prefix has no positions of its own: the first word is at 0, as the GPT is used to
-        if P and not seen:
-            x = torch.cat([image.to(x.dtype), x], 1)  # (R, P+T, C)
+    def hidden(self, idx, image=None, kv_cache=None, attention_maps=None):
+        """
+        Tokens idx (R, T), which follow those in the cache, and encode_image's result -> hidden
+        states (R, T, C), from which gpt.head makes logits.
+        """
+        prefix = image if torch.is_tensor(image) else None
+        image_kv = image if isinstance(image, dict) else {}
+        n_prefix = 0 if prefix is None else prefix.shape[1]
+        n_cached = kv_cache.pos if kv_cache else 0  # tokens of the prefix are cached too
+        # The prefix has no position embeddings: text starts at position 0, as in pretraining.
+        x = self.gpt.embed(idx, max(0, n_cached - n_prefix))
+        if n_prefix and not n_cached:
+            # The GPT's causal mask holds in the prefix too. PaliGemma's prefix has no such mask.
+            x = torch.cat([prefix.to(x.dtype), x], 1)  # (R, P + T, C)
         for layer, block in enumerate(self.gpt.transformer.h):
-            if image is not None and str(layer) in self.gated:
-                x = self.gated[str(layer)](x, image[str(layer)], weights)
+            if str(layer) in image_kv:
+                x = self.gated[str(layer)](x, image_kv[str(layer)], attention_maps)
             x = block(x, kv_cache, layer)
         if kv_cache:
             kv_cache.pos += x.shape[1]
-        return x[:, -idx.shape[1]:]  # words only: nothing is predicted from the prefix but the first word, from BOS
+        return x[:, -idx.shape[1]:]  # nothing is predicted at positions of the prefix
 
     def logits(self, idx, image=None, kv_cache=None):
         """The logits (R, T, V) of `hidden`."""
         return self.gpt.head(self.hidden(idx, image, kv_cache))
 
-    def forward(self, idx, features, targets, image_idx=None, weight=None):
+    def forward(self, idx, features, targets, image_idx=None, loss_weight=None):
         """
-        The summed cross-entropy of targets (R, T), in nats; -100 marks padding. features=None leaves the GPT without a picture.
-        weight (R,): how much each row counts, which scst sets.
+        The summed cross-entropy of targets (R, T) in nats; targets of -100 are padding. features
+        (B, S, W), or None for the GPT without a picture. loss_weight (R,): the weight of each row.
         """
         image = None if features is None else self.encode_image(features, image_idx)
-        return self.loss(self.hidden(idx, image), targets, weight)
+        return self.loss(self.hidden(idx, image), targets, loss_weight)
 
-    @torch.compiler.disable  # no two batches have equally many words: compiled, it would be compiled again and again
-    def loss(self, x, targets, weight):
-        real = targets >= 0
-        share = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[:, None].expand_as(targets)  # (R, T)
-        return self.gpt.cross_entropy(x[real], targets[real], share[real])[0]
+    @torch.compiler.disable  # the number of tokens differs in every batch: no graph would fit twice
+    def loss(self, x, targets, loss_weight):
+        is_token = targets >= 0
+        weights = torch.ones_like(targets, dtype=torch.float32)
+        if loss_weight is not None:
+            weights = loss_weight[:, None].expand_as(targets)
+        return self.gpt.cross_entropy(x[is_token], targets[is_token], weights[is_token])[0]
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
         """
-        num captions for each of B pictures (B, S, W): tokens (B * num, up to max_new_tokens), ended by `bos`, which is also EOS. beam=1
-        takes the likeliest word each time (temperature 0) or draws it, see `decode`; beam>1 takes the num best that `beam_search` finds.
+        num captions for each of B pictures (B, S, W): tokens (B * num, up to max_new_tokens), ended
+        by `bos`, which is also EOS. beam=1: the likeliest token each time (temperature 0), or
+        sampled, see `decode`. beam>1: the num best captions of `beam_search`.
         """
         B, copies = len(features), max(num, beam)
-        image = self.encode_image(features, torch.arange(B, device=features.device).repeat_interleave(copies))
-        P = image.shape[1] if torch.is_tensor(image) else 0
-        kv_cache = KVCache(self.gpt.config, B * copies, P + 1 + max_new_tokens, self.gpt.lm_head.weight)
+        image_idx = torch.arange(B, device=features.device).repeat_interleave(copies)
+        image = self.encode_image(features, image_idx)
+        n_prefix = image.shape[1] if torch.is_tensor(image) else 0
+        kv_cache = KVCache(self.gpt.config, B * copies, n_prefix + 1 + max_new_tokens,
+                           self.gpt.lm_head.weight)
         start = torch.full((B * copies, 1), bos, device=features.device)
         step = functools.partial(self.logits, image=image, kv_cache=kv_cache)
         if beam > 1:
-            return beam_search(step, kv_cache, start, beam, max_new_tokens, bos)[:, :num].flatten(0, 1)
+            found = beam_search(step, kv_cache, start, beam, max_new_tokens, bos)  # (B, beam, T)
+            return found[:, :num].flatten(0, 1)
         return decode(step, start, max_new_tokens, temperature, top_k, bos)[:, 1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions as tokens, and the batches to train on
 
 
 class TokenizedCaptions:
-    """Every caption of a split in one flat array: BOS, words, EOS (both <|endoftext|>). The first word is predicted from the picture too."""
+    """
+    All captions of a split in one flat array, each as BOS, tokens, EOS. Caption c is
+    flat[start[c]:start[c + 1]]; image i has the captions of_image[i] to of_image[i + 1] - 1. `cut`
+    counts those that were longer than max_length tokens.
+    """
 
     def __init__(self, captions, tokenizer, max_length):
         eot = tokenizer.eot_token
-        rows = tokenizer.encode_ordinary_batch([" ".join(said.split()) for all_said in captions for said in all_said])
+        texts = [" ".join(caption.split()) for of_image in captions for caption in of_image]
+        rows = tokenizer.encode_ordinary_batch(texts)
         self.cut = sum(len(row) > max_length for row in rows)
         rows = [[eot] + row[:max_length] + [eot] for row in rows]
         self.flat = torch.tensor([token for row in rows for token in row])
-        self.start = np.cumsum([0] + [len(row) for row in rows])  # caption c is flat[start[c]:start[c+1]]
-        self.of_image = np.cumsum([0] + [len(all_said) for all_said in captions])  # image i has captions of_image[i] .. of_image[i+1]-1
+        self.start = np.cumsum([0] + [len(row) for row in rows])
+        self.of_image = np.cumsum([0] + [len(of_image) for of_image in captions])
 
     def batch(self, numbers, device):
-        """Captions by number -> idx, targets (R, T), padded to the longest of them; the loss skips targets of -100."""
+        """Captions by number -> idx, targets (R, T), padded to the longest; padding is -100."""
         rows = [self.flat[self.start[c]:self.start[c + 1]] for c in numbers]
         idx = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
-        targets = nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
+        targets = nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True,
+                                            padding_value=-100)
         return idx.to(device), targets.to(device)
 
 
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
+    """The order of n images in an epoch, and for each a number in [0, 1) that picks its caption."""
     rng = np.random.default_rng((seed, epoch))
-    return rng.permutation(n), rng.random(n)  # the order of the images, and the lot that picks each one's caption
+    return rng.permutation(n), rng.random(n)
 
 
 def training_batch(step, batch_size, captions, seed):
-    """The global batch of a step, a pure function of (seed, step): image numbers and caption numbers. Every epoch shows each image once."""
+    """
+    The global batch of a step: image numbers and caption numbers. It is a pure function of (seed,
+    step). Every epoch has each image once, with a caption that is drawn anew.
+    """
     n = len(captions.of_image) - 1
     images, chosen = [], []
     for number in range(step * batch_size, (step + 1) * batch_size):
         epoch, i = divmod(number, n)
-        order, lot = epoch_order(seed, epoch, n)
+        order, draw = epoch_order(seed, epoch, n)
         first, end = captions.of_image[order[i]:order[i] + 2]
         images.append(order[i])
-        chosen.append(first + int(lot[i] * (end - first)))
+        chosen.append(first + int(draw[i] * (end - first)))
     return np.array(images), chosen
 
 
 def reseed(seed, step, rank=0):
-    """Makes dropout, like the data, a pure function of (seed, step): a resumed run needs no saved generator."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+    """Makes dropout a pure function of (seed, step): a resumed run needs no saved generator."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
 
 
 def read_features(features, numbers, device):
-    """The features of some pictures, by number: (B, S, W) in fp32, on the device."""
-    rows = features[numbers] if torch.is_tensor(features) else torch.from_numpy(features[numbers])
+    """The features of some images, by number: (B, S, W) in float32, on the device."""
+    rows = features[numbers]
+    if not torch.is_tensor(rows):
+        rows = torch.from_numpy(rows)
     return rows.to(device, torch.float32)
 
 
-def words_of(tokens, tokenizer):
+def truncate_at_eos(tokens, tokenizer):
     """Generated tokens (R, T) -> lists of tokens, each up to its EOS."""
     eot = tokenizer.eot_token
     return [row[:row.index(eot)] if eot in row else row for row in tokens.tolist()]
 
 
 def to_text(tokens, tokenizer):
-    return [tokenizer.decode(row).strip() for row in words_of(tokens, tokenizer)]
+    return [tokenizer.decode(row).strip() for row in truncate_at_eos(tokens, tokenizer)]
 
 
-# CIDEr leaves out full stops: without a word for the end, a caption that breaks off ("a man with a") would score like one that ends, and
-# training on CIDEr soon finds that out (Hu et al. 2023, https://arxiv.org/abs/2305.12254)
+# CIDEr ignores full stops. Without a word for the end, a caption that breaks off ("a man with a")
+# would score like one that ends, and training on CIDEr soon finds that out (Hu et al. 2023,
+# https://arxiv.org/abs/2305.12254).
 END = "<end>"
 
 
 @torch.no_grad()
 def self_critical(model, features, references, df, tokenizer, max_length, samples):
     """
-    Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): the gradient of the expected CIDEr of captions
-    drawn from the model is E[(reward - baseline) * grad log p(caption)], for any baseline that doesn't depend on that caption; so a batch to
-    train on is captions of its own, their cross-entropy weighted by reward - baseline. Rennie's baseline is the greedy caption's reward. Here
-    it is the mean of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971): no further decoding, and less variance.
-    features (B, S, W), references: each picture's lists of words -> idx, targets (R, T), image_idx, weight (R,), mean reward; R = B * samples.
+    A batch of self-critical sequence training (Rennie et al. 2017,
+    https://arxiv.org/abs/1612.00563). The gradient of the expected CIDEr of sampled captions is
+        E[(reward - baseline) * grad log p(caption)],
+    for any baseline that does not depend on that caption. So the model trains on captions that it
+    sampled itself, their cross-entropy weighted by reward - baseline. Rennie's baseline is the
+    reward of the greedy caption. Here it is the mean reward of the picture's other samples (Luo
+    2020, https://arxiv.org/abs/2003.09971): less variance, and no further decoding.
+    features (B, S, W), references: the token lists of each picture
+    -> idx, targets (R, T), image_idx, loss_weight (R,), mean reward; R = B * samples.
     """
     B, eot = len(features), tokenizer.eot_token
-    tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T); no top-k: what it cuts off has no gradient
-    is_end = tokens == eot
-    words = [said + [END] * ended for said, ended in zip(tokenize(to_text(tokens, tokenizer)), is_end.any(1).tolist())]
-    cider = score(words, [refs for refs in references for _ in range(samples)], df, tokenized=True)[1]["CIDEr"]  # (R,)
-    rewards = torch.from_numpy(cider).float().view(B, samples)
-    others = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
-    targets = tokens.masked_fill(is_end.cumsum(1) > is_end.long(), -100)  # up to and with the first EOS
+    # no top_k: a token that it cuts off would have no gradient
+    tokens = model.generate(features, eot, max_length, temperature=1.0, num=samples)  # (R, T)
+    is_eos = tokens == eot
+    candidates = []
+    for words, ended in zip(tokenize(to_text(tokens, tokenizer)), is_eos.any(1).tolist()):
+        candidates.append(words + [END] * ended)
+    row_references = [refs for refs in references for _ in range(samples)]
+    _, per_image = score(candidates, row_references, df, tokenized=True)
+    rewards = torch.from_numpy(per_image["CIDEr"]).float().view(B, samples)
+    baseline = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
+    # what comes after the first EOS is padding
+    targets = tokens.masked_fill(is_eos.cumsum(1) > is_eos.long(), -100)
+    idx = F.pad(tokens[:, :-1], (1, 0), value=eot)
     image_idx = torch.arange(B, device=tokens.device).repeat_interleave(samples)
-    weight = (rewards - others).flatten().to(tokens.device)
-    return F.pad(tokens[:, :-1], (1, 0), value=eot), targets, image_idx, weight, rewards.mean().item()
+    loss_weight = (rewards - baseline).flatten().to(tokens.device)
+    return idx, targets, image_idx, loss_weight, rewards.mean().item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# evaluation: over the whole split, shared out over the processes
+# --------------------------------------------------------------------------------------------------
+# evaluation of a whole split, divided among the processes
 
 
 @torch.no_grad()
@@ -363,445 +448,688 @@ def perplexity(model, features, captions, process, which_image="right", rows_at_
             total_loss += model(idx, batch, targets, image_idx).item()
         total_tokens += (targets >= 0).sum().item()
     total_loss, total_tokens = all_reduce_sum(process, total_loss, total_tokens)
-    return math.exp(total_loss / total_tokens)
+    mean_loss = total_loss / total_tokens
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
 def caption_split(model, features, tokenizer, max_length, process, beam=1, batch_size=256):
-    """The caption of every picture of a split, by beam search or greedy, as strings in their order."""
+    """The captions of all pictures of a split, in order, by beam search or greedy."""
     mine, batch_size = {}, max(1, batch_size // beam)
-    for start in range(process.rank * batch_size, len(features), process.world_size * batch_size):
+    stride = process.world_size * batch_size
+    for start in range(process.rank * batch_size, len(features), stride):
         numbers = np.arange(start, min(start + batch_size, len(features)))
+        batch = read_features(features, numbers, process.device)
         with process.autocast():
-            tokens = model.generate(read_features(features, numbers, process.device), tokenizer.eot_token, max_length, beam=beam)
+            tokens = model.generate(batch, tokenizer.eot_token, max_length, beam=beam)
         mine |= zip(numbers.tolist(), to_text(tokens, tokenizer))
     parts = [mine]
     if process.world_size > 1:
         parts = [None] * process.world_size
         dist.all_gather_object(parts, mine)
-    return [said for _, said in sorted(item for part in parts for item in part.items())]
+    whole = {}
+    for part in parts:
+        whole |= part
+    return [whole[number] for number in range(len(features))]
 
 
-def published_protocol(said, references, seed, n=50 * 128):
+def published_protocol(candidates, references, seed, n=50 * 128):
     """
-    Scores as the published table has them: 50 batches of 128 pictures at most, one reference drawn for each, words split on spaces. They can't be
-    compared with the literature's, where a caption may agree with any of five references, in whose text the rarity of words is counted too.
+    Scores by the protocol of the published table: at most 50 batches of 128 pictures, one reference
+    drawn for each, words split on spaces. They cannot be compared with the literature's scores,
+    which use all five references.
     """
     rng = np.random.default_rng(seed)
     drawn = [[refs[rng.integers(len(refs))].split()] for refs in references[:n]]
-    return score([caption.split() for caption in said[:n]], drawn, tokenized=True)[0]
+    return score([candidate.split() for candidate in candidates[:n]], drawn, tokenized=True)[0]
 
 
-def variant(run):
+def variant_name(run):
     return f"xattn, every {run['every']}" if run["fusion"] == "xattn" else run["fusion"]
 
 
 def scores_table(rows):
-    """{name: scores} -> a line for each, x 100 as in papers."""
+    """{name: scores} -> one line for each, times 100 as in papers."""
     metrics = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
     lines = [f"{'scores x 100':<24}" + "".join(f"{metric:>9}" for metric in metrics)]
-    lines += [f"{name:<24}" + "".join(f"{100 * scores[metric]:>9.1f}" for metric in metrics) for name, scores in rows.items()]
+    for name, scores in rows.items():
+        values = "".join(f"{100 * scores[metric]:>9.1f}" for metric in metrics)
+        lines.append(f"{name:<24}{values}")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# pictures to look at
+# --------------------------------------------------------------------------------------------------
+# figures
 
 
 def draw_curves(path, rows, batch_size, split, scst, layers):
-    """The log as curves, by captions seen instead of steps, so that runs of different batch sizes compare."""
-    seen = [row | dict(step=row["step"] * batch_size) for row in rows]
-    panels = {"CIDEr x 100 of samples": {"": curve(seen, "reward", 100)}} if scst else {"loss (nats a token)": {"": curve(seen, "loss")}}
-    panels |= {f"perplexity, {split}": {"": curve(seen, "perplexity")}, f"CIDEr x 100, {split}": {"": curve(seen, "CIDEr", 100)}}
-    for kind, half in (("attn_gate", "attention"), ("mlp_gate", "MLP")) if layers else ():
-        panels[f"tanh(gate) of the {half}, by layer"] = {f"layer {layer}": curve(seen, f"{kind}_{layer}") for layer in layers}
-    plot(path, panels, xlabel="training captions seen")
+    """The log as curves over captions, not steps: runs of different batch sizes compare."""
+    rows = [row | dict(step=row["step"] * batch_size) for row in rows]
+    panels = {"loss (nats a token)": {"": curve(rows, "loss")}}
+    if scst:
+        panels = {"CIDEr x 100 of samples": {"": curve(rows, "reward", 100)}}
+    panels[f"perplexity, {split}"] = {"": curve(rows, "perplexity")}
+    panels[f"CIDEr x 100, {split}"] = {"": curve(rows, "CIDEr", 100)}
+    if layers:
+        for kind, half in (("attn_gate", "attention"), ("mlp_gate", "MLP")):
+            curves = {f"layer {layer}": curve(rows, f"{kind}_{layer}") for layer in layers}
+            panels[f"tanh(gate) of the {half}, by layer"] = curves
+    plot(path, panels, xlabel="training captions")
 
 
 def draw_captions(path, pictures, titles, columns=4):
-    """A grid of pictures, each with its caption (and what else the title says) above it."""
+    """A grid of pictures, each with its title above it."""
     plt = pyplot()
     rows = math.ceil(len(pictures) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.8 * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 3.8 * rows), squeeze=False,
+                             layout="constrained")
     for ax in axes.flat:
         ax.axis("off")
     for ax, picture, title in zip(axes.flat, pictures, titles):
         ax.imshow(picture)
-        ax.set_title("\n".join(textwrap.fill(line, 44) for line in title.split("\n")), fontsize=8.5, parse_math=False)
+        lines = [textwrap.fill(line, 44) for line in title.split("\n")]
+        ax.set_title("\n".join(lines), fontsize=8.5, parse_math=False)
     fig.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(fig)
 
 
 @torch.no_grad()
-def draw_attention(path, model, features, pictures, tokenizer, max_length):
-    """Where each word of a caption looked, by the gated block whose attention differs most from word to word: one row a picture."""
+def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=None):
+    """
+    Where each token of a caption attends, in the gated block whose attention differs most from
+    token to token; one row a picture. grid: (rows, columns) of the image tokens; None = a square.
+    """
+    plt = pyplot()
     tokens = model.generate(features, tokenizer.eot_token, max_length)
-    idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]  # what had been written when each word was chosen
-    weights, plt = [], pyplot()
-    model.hidden(idx, model.encode_image(features), weights=weights)
-    weights = torch.stack(weights).float().cpu()  # (blocks, B, T, S)
-    best, grid = weights.std(2).mean((1, 2)).argmax(), math.isqrt(weights.shape[-1])
-    rows = words_of(tokens, tokenizer)
-    longest = max(1, *map(len, rows))
-    fig, axes = plt.subplots(len(rows), longest, figsize=(1.15 * longest, 1.45 * len(rows)), squeeze=False)
+    idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]
+    maps = []
+    model.hidden(idx, model.encode_image(features), attention_maps=maps)
+    maps = torch.stack(maps).float().cpu()  # (blocks, B, T, S)
+    best = maps.std(2).mean((1, 2)).argmax()
+    side = math.isqrt(maps.shape[-1])
+    height, width = grid or (side, side)
+    captions = truncate_at_eos(tokens, tokenizer)
+    longest = max(1, *map(len, captions))
+    fig, axes = plt.subplots(len(captions), longest, squeeze=False,
+                             figsize=(1.15 * longest, 1.45 * len(captions)))
     for ax in axes.flat:
         ax.axis("off")
-    for b, (picture, row) in enumerate(zip(pictures, rows)):
-        for t, (ax, word) in enumerate(zip(axes[b], row)):
-            heat = weights[best, b, t, -grid * grid:].view(grid, grid)  # without CLIP's first token, the class token, which is nowhere
+    for b, (picture, caption) in enumerate(zip(pictures, captions)):
+        for t, (ax, token) in enumerate(zip(axes[b], caption)):
+            # tokens before the grid, such as CLIP's class token, have no place in the picture
+            heat = maps[best, b, t, -height * width:].view(height, width)
             ax.imshow(picture, extent=(0, 1, 0, 1))
-            ax.imshow(heat, extent=(0, 1, 0, 1), cmap="inferno", alpha=0.6, interpolation="bilinear")
-            ax.set_title(tokenizer.decode([word]).strip(), fontsize=9, parse_math=False)
-    fig.suptitle(f"where each word looks (gated block before layer {list(model.gated)[best]})", fontsize=10)
+            ax.imshow(heat, extent=(0, 1, 0, 1), cmap="inferno", alpha=0.6,
+                      interpolation="bilinear")
+            ax.set_title(tokenizer.decode([token]).strip(), fontsize=9, parse_math=False)
+    layer = list(model.gated)[best]
+    fig.suptitle(f"where each word attends (gated block before layer {layer})", fontsize=10)
     fig.tight_layout()
     fig.savefig(path, dpi=90)
     plt.close(fig)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# a finished run: to go on from, and to caption pictures of your own
+def draw_results(folder, model, features, files, candidates, references, cider, tokenizer,
+                 max_length, metadata, process):
+    """captions.png, best_worst.png and, for xattn, attention.png: see the README."""
+    def titles(numbers, with_score):
+        lines = []
+        for i in numbers:
+            start = f"CIDEr {100 * cider[i]:.0f}: " if with_score else ""
+            lines.append(f"{start}{candidates[i]}\n({references[i][0].strip()})")
+        return lines
+
+    def draw(name, numbers, with_score):
+        pictures = [open_image(files[i]) for i in numbers]
+        path = os.path.join(folder, name)
+        draw_captions(path, pictures, titles(numbers, with_score))
+
+    spread = np.unique(np.linspace(0, len(files) - 1, 12).astype(int))
+    ranking = np.argsort(-cider, kind="stable")
+    draw("captions.png", spread, False)
+    n = min(6, len(files) // 2)
+    draw("best_worst.png", [*ranking[:n], *ranking[len(ranking) - n:]], True)
+    if model.fusion == "xattn":
+        different = {}  # the best picture of each caption
+        for i in ranking:
+            different.setdefault(candidates[i], i)
+        numbers = np.array(list(different.values())[:3])
+        pictures = [open_image(files[i]) for i in numbers]
+        pretrained = metadata.get("pretrained")
+        if pretrained and not metadata["encoder"].startswith("timm/"):
+            # open_clip's towers see the middle of a picture, the other encoders all of it
+            pictures = [ImageOps.fit(picture, (224, 224)) for picture in pictures]
+        with process.autocast():
+            draw_attention(os.path.join(folder, "attention.png"), model,
+                           read_features(features, numbers, process.device), pictures, tokenizer,
+                           max_length, metadata.get("grid"))
+
+
+# --------------------------------------------------------------------------------------------------
+# a trained run: to go on from, and to caption pictures of your own
+
+
+def run_file(path, prefer="ckpt.pt"):
+    """The checkpoint that `path` names: a file, or the one in a run's folder (best.pt if asked)."""
+    if not os.path.isdir(path):
+        return path
+    preferred = os.path.join(path, prefer)
+    return preferred if os.path.exists(preferred) else os.path.join(path, "ckpt.pt")
 
 
 def load_run(path):
-    """A checkpoint of this script, or of the folder it is in, and the Captioner that it holds, frozen GPT and all."""
-    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
+    """A checkpoint of this script, and the Captioner in it, frozen GPT included."""
     checkpoint = load_checkpoint(path)
     if "gpt_config" not in checkpoint:
         die(f"{path} is not a checkpoint of train_caption.py")
-    writer, was = GPT(GPTConfig(**checkpoint["gpt_config"])), checkpoint["settings"]
-    model = Captioner(writer, was["fusion"], was["every"], checkpoint["width"], was["n_query"], was["dropout"])
+    saved = checkpoint["settings"]
+    gpt_model = GPT(GPTConfig(**checkpoint["gpt_config"]))
+    model = Captioner(gpt_model, saved["fusion"], saved["every"], checkpoint["width"],
+                      saved["n_query"], saved["dropout"])
     load_weights(model, checkpoint["model"], path)
     return checkpoint, model
 
 
-def read_pictures(named):
-    """Yields (name, picture) for what image= names: files, folders, globs, URLs. One that can't be read ends the run, by its name."""
-    for name in named.split(","):
+def split_names(names):
+    """The names in "a,b,c". A comma can also be part of a file's name or of an address."""
+    parts, found = names.split(","), []
+    while parts:
+        # the longest beginning that is the name of a file
+        n = next((n for n in range(len(parts), 0, -1) if os.path.exists(",".join(parts[:n]))), 1)
+        if parts[0].startswith(("http://", "https://")):
+            # an address goes on until something that is a name by itself
+            n = 1
+            while n < len(parts) and not (parts[n].startswith("http") or glob.glob(parts[n])):
+                n += 1
+        found.append(",".join(parts[:n]))
+        parts = parts[n:]
+    return found
+
+
+def read_pictures(names):
+    """
+    Yields (name, picture) for what image= names: files, folders, globs, URLs. For a picture that
+    cannot be read, (None, one line that says why).
+    """
+    readable = [end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN]
+    still = tuple(end for end in readable if end not in (".mpg", ".mpeg", ".pdf", ".eps", ".ps"))
+    for name in split_names(names):
         if name.startswith(("http://", "https://")):
             with tempfile.TemporaryDirectory() as folder:
-                yield name, open_image(download(name, os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:]), tries=3))
-            continue
-        files = glob.glob(name)
-        if os.path.isdir(name):
-            extensions = tuple(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
-            files = [os.path.join(name, file) for file in os.listdir(name) if file.lower().endswith(extensions)]
-        for file in sorted(files) or [name]:  # a name that stands for nothing is left as it is: the picture that can't be read
-            yield file, open_image(file)
+                file = os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:])
+                picture = open_image(download(name, file, tries=3), otherwise=str)
+            files = [(name, picture)]
+        elif os.path.isdir(name):
+            inside = sorted(os.path.join(name, file) for file in os.listdir(name)
+                            if file.lower().endswith(still) and not file.startswith("."))
+            files = [(file, file) for file in inside if os.path.isfile(file)]
+        else:
+            files = [(file, file) for file in sorted(glob.glob(name)) or [name]]
+        for file, picture in files:
+            if isinstance(picture, str) and picture == file:
+                picture = open_image(file, otherwise=str)
+            yield (None, picture) if isinstance(picture, str) else (file, picture)
 
 
-def caption_pictures(named, path, process, temperature, top_k, num, beam):
-    """Prints num captions of each picture that `named` names, and draws the first 40 beside the checkpoint, which is all that is needed."""
+def caption_pictures(names, path, process, temperature, top_k, num, beam):
+    """
+    Prints num captions of each picture that `names` names, and draws the first 40 pictures beside
+    the checkpoint `path`. Pictures that cannot be read are listed at the end; exit code 2.
+    """
     checkpoint, model = load_run(path)
-    was, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
-    if was["encoder"] not in ("tagger", "patches") and not checkpoint["pretrained"]:
-        die(f"{path} was trained on features that another program wrote: it has no encoder to look at new pictures with")
-    eye = load_encoder(was["encoder"], checkpoint["pretrained"], checkpoint["tagger"])
-    if fingerprint(eye) != checkpoint["weights"]:
-        die(f"the weights of {was['encoder']} ({checkpoint['pretrained']}) are not those that {path} was trained with")
-    eye.to(process.device)
+    saved, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
+    name = saved["encoder"]
+    if name not in ("tagger", "patches") and not checkpoint["pretrained"]:
+        die(f"{path} was trained on features of another program: it has no encoder for pictures")
+    image_encoder = load_encoder(name, checkpoint["pretrained"], checkpoint["tagger"])
+    if fingerprint(image_encoder) != checkpoint["weights"]:
+        die(f"the weights of {name} ({checkpoint['pretrained']}) are not those that {path} was "
+            "trained with")
+    image_encoder.to(process.device)
     model.to_process(process).eval()
-    pictures, drawn, titles = read_pictures(named), [], []
+    drawn, titles, problems = [], [], []
+    pictures = read_pictures(names)
     while batch := list(itertools.islice(pictures, 32)):
-        features = encode(eye, [eye.preprocess(picture) for _, picture in batch], process)
-        features = torch.from_numpy(features).to(process.device, torch.float32)
-        drawn += [picture for _, picture in batch[:40 - len(drawn)]]
+        problems += [problem for file, problem in batch if file is None]
+        batch = [(file, picture) for file, picture in batch if file is not None]
+        if not batch:
+            continue
+        pixels = [image_encoder.preprocess(picture) for _, picture in batch]
+        features = torch.from_numpy(encode(image_encoder, pixels, process))
         with process.autocast():
-            tokens = model.generate(features, tokenizer.eot_token, was["max_length"], temperature, top_k, num, beam)
-        said = to_text(tokens, tokenizer)
-        for i, (name, _) in enumerate(batch):
-            mine = said[i * num:(i + 1) * num]
-            print(*(f"{name}: {caption}" for caption in mine), sep="\n", flush=True)
-            titles.append("\n".join(mine))
-    target = os.path.join(os.path.dirname(path), "image.png")
-    draw_captions(target, drawn, titles, columns=min(4, len(drawn)))
-    print(f"drawn in {target}, by {path}")
+            tokens = model.generate(features.to(process.device, torch.float32),
+                                    tokenizer.eot_token, saved["max_length"], temperature, top_k,
+                                    num, beam)
+        captions = to_text(tokens, tokenizer)
+        for i, (file, picture) in enumerate(batch):
+            of_picture = captions[i * num:(i + 1) * num]
+            for caption in of_picture:
+                print(f"{file}: {caption}", flush=True)
+            if len(drawn) < 40:
+                drawn.append(picture)
+                titles.append("\n".join(of_picture))
+    if drawn:
+        target = os.path.join(os.path.dirname(path), "image.png")
+        draw_captions(target, drawn, titles, columns=min(4, len(drawn)))
+        print(f"drawn in {target}, by {path} (step {checkpoint['step']})")
+    if problems:
+        die(f"{len(problems)} could not be captioned: " + "; ".join(problems[:5]))
+    if not drawn:
+        die(f"image={names}: no picture there")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# runs of several scripts: the built-in road, and all variants side by side
+# --------------------------------------------------------------------------------------------------
+# several scripts in a row: the demo, and all variants side by side
 
 
 def run_script(script, *words):
-    """Runs one of our own scripts as a user would, and shows how."""
+    """
+    Runs one of our own scripts as a user would, and prints the command. A script that fails ends
+    this one too. Ctrl-C and SIGTERM end both: the script saves and leaves first.
+    """
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}  # even where torchrun started us
-    code = subprocess.call([sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), script), *words], env=alone)
-    if code:
-        sys.exit(code)
+    # also where torchrun started this process, the script runs alone
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    here = os.path.dirname(os.path.abspath(__file__))
+    child = subprocess.Popen([sys.executable, os.path.join(here, script), *words], env=env)
+    stopped = []
+
+    def stop(number, frame):
+        stopped.append(number)
+        if number == signal.SIGTERM:  # a terminal sends Ctrl-C to both
+            child.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    code = child.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if stopped or code:
+        sys.exit(128 + stopped[0] if stopped else code)
 
 
-def take_the_built_in_road(config):
-    """Four stages that make what SHAPES_PRESET needs; the fifth is the run that called. What is on disk already is not made again."""
+def prepare_demo(config):
+    """Runs the four stages that make what DEMO names. What exists already is not made again."""
     encoder = config["encoder"]
-    stages = (  # what it does, the last file that it writes, its command
+    stages = [  # what it does, the last file that it writes, its command
         ("draw scenes, with five captions each", "data/shapes/annotations/captions_val2017.json",
          "coco.py data=data/shapes shapes=8000 encoder=none"),
         ("tokenize the captions", "data/shapes/tokens/edufineweb_train_000001.npy",
-         "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn val_tokens=20000"),
-        ("pretrain a small GPT-2 on the captions alone: it learns the language of scenes, and sees none", "out/gpt2_shapes/curves.png",
-         "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 n_embd=128 block_size=128 batch_size=16 "
-         "total_batch_size=2048 optimizer=muon learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 eval_interval=80 "
-         "eval_tokens=20000 log_interval=20"),
-        ("teach a small eye what captions speak of, and encode the scenes with it", f"data/shapes/features/{encoder}_val2017.npy",
+         "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn "
+         "val_tokens=20000"),
+        ("pretrain a small GPT-2 on the captions alone, without pictures",
+         "out/gpt2_shapes/curves.png",
+         "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 "
+         "n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 optimizer=muon "
+         "learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 "
+         "eval_interval=80 eval_tokens=20000 log_interval=20"),
+        ("train a small image encoder on the captions' words, and encode the scenes with it",
+         f"data/shapes/features/{encoder}_val2017.npy",
          f"coco.py data=data/shapes encoder={encoder}"),
-    )
-    print("COCO was not found (data/coco2017; `python coco.py` downloads it): taking the built-in road of drawn scenes instead.\n"
-          "Each stage below is a command that you could type yourself; what is on disk already is not made again.", flush=True)
+    ]
+    print("There is no COCO here (`python coco.py` downloads it to data/coco2017): this is a demo "
+          "on drawn scenes.\nEach stage is a command that you could type yourself; what exists "
+          "already is not made again.", flush=True)
     for number, (what, result, command) in enumerate(stages, 1):
         print(f"\n[{number}/5] {what}", flush=True)
         if os.path.exists(result):
-            print(f"{result} is there already", flush=True)
-        else:
-            run_script(*command.split())
-    typed = " ".join(f"{k}={config[k]}" for k in (*SHAPES_PRESET, "fusion", "every"))
-    print(f"\n[5/5] train the bridge\n\n$ python train_caption.py {typed}", flush=True)
+            print(f"{result} exists already", flush=True)
+            continue
+        words = command.split()
+        if words[0] == "train_gpt2.py" and os.path.exists("out/gpt2_shapes/ckpt.pt"):
+            words.append("init_from=resume")  # it was interrupted
+        run_script(*words)
+    typed = " ".join(f"{k}={config[k]}" for k in (*DEMO, "fusion", "every"))
+    print(f"\n[5/5] train the fusion module\n\n$ python train_caption.py {typed}", flush=True)
 
 
 def compare_variants(folder, words, split):
-    """Trains every variant by a command of its own, into folders inside `folder`, and puts their scores and their curves side by side."""
+    """
+    Trains every variant by a command of its own, in folders inside `folder`, and compares their
+    scores and curves. Finished variants are kept, interrupted ones resumed.
+    """
     rows, curves = [], {"perplexity": {}, "CIDEr": {}}
-    for kind, n in VARIANTS:
-        mine = f"{folder}/{kind}{n if kind == 'xattn' else ''}"
-        run_script("train_caption.py", *words, f"fusion={kind}", f"every={n}", f"out_dir={mine}")
-        with open(f"{mine}/results.json") as f:
+    for fusion, every in VARIANTS:
+        run_dir = f"{folder}/{fusion}{every if fusion == 'xattn' else ''}"
+        if os.path.exists(f"{run_dir}/results.json"):
+            print(f"{run_dir} is finished already", flush=True)
+        else:
+            begun = os.path.exists(f"{run_dir}/ckpt.pt")
+            resume = ["init_from=resume"] if begun else []
+            run_script("train_caption.py", *words, f"fusion={fusion}", f"every={every}",
+                       f"out_dir={run_dir}", *resume)
+        with open(f"{run_dir}/results.json") as f:
             rows.append(json.load(f))
         for column in curves:
-            steps, values = curve(read_log(f"{mine}/log.csv"), column)
-            curves[column][variant(rows[-1])] = [step * rows[-1]["settings"]["batch_size"] for step in steps], values
+            steps, values = curve(read_log(f"{run_dir}/log.csv"), column)
+            captions = [step * rows[-1]["settings"]["batch_size"] for step in steps]
+            curves[column][variant_name(rows[-1])] = captions, values
     save_json(f"{folder}/results.json", rows, indent=1)
-    plot(f"{folder}/comparison.png", {f"{column}, {split}": lines for column, lines in curves.items()}, xlabel="training captions seen")
-    print(f"\n{'variant':<23}| {'trainable':>11} |  CIDEr | BLEU-4 | perplexity | with a wrong picture | captions seen")
+    panels = {f"{column}, {split}": lines for column, lines in curves.items()}
+    plot(f"{folder}/comparison.png", panels, xlabel="training captions")
+    print(f"\n{'variant':<16}|   trainable |  CIDEr | BLEU-4 | perplexity | wrong picture | "
+          "captions")
     for r in rows:
-        print(f"{variant(r):<23}| {r['trainable']:>11,} | {100 * r['CIDEr']:>6.1f} | {100 * r['Bleu_4']:>6.1f} | {r['perplexity']:>10.2f} | "
-              f"{r['perplexity_wrong_picture']:>20.2f} | {r['step'] * r['settings']['batch_size']:>13,}")
+        captions = r["step"] * r["settings"]["batch_size"]
+        print(f"{variant_name(r):<16}| {r['trainable']:>11,} | {100 * r['CIDEr']:>6.1f} | "
+              f"{100 * r['Bleu_4']:>6.1f} | {r['perplexity']:>10.2f} | "
+              f"{r['perplexity_wrong_picture']:>13.2f} | {captions:>8,}")
     print(f"\nall scores: {folder}/results.json, the curves: {folder}/comparison.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def default_out_dir(settings):
+    fusion, every = settings["fusion"], settings["every"]
+    name = f"out/caption_{os.path.basename(os.path.normpath(settings['data']))}"
+    if fusion == "all":
+        return f"{name}_all"
+    name += f"_{fusion}{every if fusion == 'xattn' else ''}"
+    return name + "_shuffled" * settings["shuffle"] + "_scst" * settings["scst"]
+
+
+def preset(typed):
+    """
+    What stands between the defaults and the command line: the recipe of the fusion or the demo, or
+    the settings of the run that this one starts from or resumes.
+    """
+    init_from, chosen = typed.get("init_from", "scratch"), {}
+    if typed.get("image"):
+        return chosen
+    if typed.get("fusion") in ("linear", "qformer"):
+        chosen |= PREFIX_RECIPE
+    if init_from not in ("scratch", "resume"):
+        saved = load_checkpoint(run_file(init_from)).get("settings", {})
+        return {k: v for k, v in saved.items() if k in INHERITED}
+    if "data" not in typed:
+        chosen |= dict(data="data/coco2017") if splits_of("data/coco2017") else DEMO
+    if init_from == "resume":
+        settings = dict(fusion=fusion, every=every, shuffle=shuffle, scst=scst) | chosen | typed
+        path = run_file(typed.get("out_dir") or default_out_dir(settings))
+        saved = load_checkpoint(path).get("settings", {})
+        chosen |= {k: v for k, v in saved.items() if k in RESUMED}
+    return chosen
+
+
+def print_results(folder, results, table, candidates, references, n_scenes):
+    """The last lines of a run: some captions, all scores, and what to look at."""
+    print("\ncaptions of pictures it was not trained on, and what a person wrote:")
+    for candidate, refs in list(zip(candidates, references))[:10]:
+        print(f"  {candidate:<62} | {refs[0].strip()}")
+    shuffled = ", features shuffled between pictures" * results["settings"]["shuffle"]
+    trainable, total, right = results["trainable"], results["total"], results["right"]
+    print(f"\n{scores_table(table)}\n")
+    print(f"fusion                     {variant_name(results)}{shuffled}")
+    print(f"trainable parameters       {trainable:,} ({trainable / total:.1%} of {total:,})")
+    print(f"perplexity                 {results['perplexity']:.3f}   (the language model alone "
+          f"{results['perplexity_no_picture']:.3f}, with a wrong picture "
+          f"{results['perplexity_wrong_picture']:.3f})")
+    if right is not None:
+        print(f"captions entirely right    {right:.1%} of {n_scenes} held-out scenes (every size, "
+              "colour, shape and place)")
+    print(f"scored and drawn           {folder}/best.pt, of step {results['step']}")
+    print(f"look at                    {folder}/captions.png, best_worst.png, curves.png"
+          + ", attention.png" * (results["fusion"] == "xattn"))
+
+
+# --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    # ---- what is asked for. `configure` is called twice, and takes every number, string, bool or None under a lowercase name for a setting: a
-    # new name before the second call must stand for something else
-    config = configure(globals())
-    if fusion not in ("xattn", "linear", "qformer", "all"):
-        die(f"fusion={fusion}: xattn, linear, qformer or all")
-    if min(every, beam, num, top_k) < 1 or samples < 2:
-        die(f"every={every}, beam={beam}, num={num}, top_k={top_k}: 1 or more; samples={samples}: 2 or more")
-    if num > beam and (beam > 1 or temperature == 0):
-        die(f"num={num} different captions of a picture need a temperature above 0, or a beam at least as wide")
-    if eval_only and init_from != "resume":
-        die("eval_only=True evaluates a trained bridge: add init_from=resume")
-    if scst and init_from == "scratch":
-        die("scst=True goes on from a bridge that can speak: init_from=out/... names the run that trained it")
+    t_start = time.time()
+    config = configure(globals(), preset)
     process = setup(device, dtype)
-    if fusion == "all" and process.world_size > 1:
-        die("fusion=all trains the variants one after the other, each in a run of its own: start it without torchrun")
+    rank, world_size, device, _ = process
+    if num > beam and (beam > 1 or temperature == 0):
+        die(f"num={num} different captions of a picture need temperature > 0, or beam={num}")
+    if eval_only and init_from != "resume":
+        die("eval_only=True evaluates a trained run: add init_from=resume")
+    if scst and init_from == "scratch":
+        die("scst=True goes on from a trained run: name it with init_from=out/...")
+    if split == "train2017":
+        die("split=train2017 is trained on, not held out: val2017 or test2017")
+    if fusion == "all" and world_size > 1:
+        die("fusion=all trains the variants one after the other: start it without torchrun")
+
+    # ---- only captions of some pictures
     if image:
-        found = [path for path in glob.glob("out/caption_*/**/ckpt.pt", recursive=True) if "_shuffled" not in path]
-        runs = [os.path.join(out_dir, "ckpt.pt")] if out_dir else sorted(found, key=os.path.getmtime)
-        if not runs:
-            die("image= needs a trained run: `python train_caption.py` trains one")
+        path = out_dir or (init_from if init_from not in ("scratch", "resume") else None)
+        if path is None:
+            runs = [os.path.dirname(run) for run in glob.glob("out/caption_*/**/ckpt.pt",
+                                                              recursive=True)]
+            runs = [run for run in runs if "_shuffled" not in run]
+            if not runs:
+                die("image= needs a trained run: `python train_caption.py` trains one")
+            path = max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "ckpt.pt")))
         torch.manual_seed(seed)
-        caption_pictures(str(image), runs[-1], process, temperature, top_k, num, beam)
+        caption_pictures(image, run_file(path, "best.pt"), process, temperature, top_k, num, beam)
         sys.exit(0)
 
-    # between the defaults and the command line stands what the run had that this one starts from, or what suits the bridge and the data
-    preset = dict(PREFIX_RECIPE) if fusion in ("linear", "qformer") else {}
-    if init_from not in ("scratch", "resume"):
-        checkpoint, model = load_run(init_from)
-        preset = {k: v for k, v in checkpoint["settings"].items() if k in INHERITED}
-    elif data is None:
-        preset |= dict(data="data/coco2017") if splits_of("data/coco2017") else SHAPES_PRESET
-    config = configure(globals(), lambda typed: preset)
-    rank, world_size, device, _ = process
-    t_start = time.time()
-
-    if SHAPES_PRESET.items() <= preset.items():
-        if rank == 0:
-            take_the_built_in_road(config)
-        if world_size > 1:
-            dist.barrier()
-    name = os.path.basename(os.path.normpath(data))
+    # ---- where the run goes. A run is never trained over
+    out_dir = config["out_dir"] = out_dir or default_out_dir(config)
+    is_demo = gpt == DEMO["gpt"] and data == DEMO["data"]
+    if is_demo and rank == 0 and init_from == "scratch":
+        prepare_demo(config)
+    if world_size > 1:
+        dist.barrier()
     if fusion == "all":
-        compare_variants(out_dir or f"out/caption_{name}_all", [*(f"{k}={v}" for k, v in preset.items()), *sys.argv[1:]], split)
+        chosen = [f"{k}={v}" for k, v in (DEMO if is_demo else {}).items()]
+        words = [word for word in sys.argv[1:] if not word.startswith(("fusion=", "out_dir="))]
+        compare_variants(out_dir, chosen + words, split)
         print(f"{time.time() - t_start:.0f} s in all")
         sys.exit(0)
-
-    # ---- pictures and captions
-    kind = f"{fusion}{every}" if fusion == "xattn" else fusion
-    out_dir = out_dir or f"out/caption_{name}_{kind}{'_shuffled' if shuffle else ''}{'_scst' if scst else ''}"
-    config["out_dir"], path = out_dir, os.path.join(out_dir, "ckpt.pt")
+    checkpoint_path = os.path.join(out_dir, "ckpt.pt")
+    if os.path.exists(checkpoint_path) and init_from != "resume":
+        die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
+            f"caption pictures with image=a.jpg out_dir={out_dir}, or name another out_dir=")
     if rank == 0:
         print_settings(config)
-        os.makedirs(out_dir, exist_ok=True)
-    if init_from not in ("scratch", "resume") and os.path.realpath(out_dir) in map(os.path.realpath, (init_from, os.path.dirname(init_from))):
-        die(f"this would overwrite {out_dir}, the run that it starts from: give it an out_dir= of its own")
-    train_images, train_said = load_captions(data, "train2017")
+        lock_folder(out_dir)
+
+    # ---- pictures and captions
+    train_images, train_references = load_captions(data, "train2017")
     images, references = load_captions(data, split)
-    train_features, about = load_features(data, encoder, "train2017", train_images)
-    val_features, val_about = load_features(data, encoder, split, images)
-    if about.get("weights") != val_about.get("weights"):
-        die(f"the {encoder} features of train2017 and {split} were made with different weights: delete the wrong ones and encode again")
+    if scst and len(train_images) < 2:
+        die("scst=True with one training picture: CIDEr is 0 where every n-gram is in all pictures")
+    if rank == 0:
+        warn_overlap(data, split)
+    train_features, metadata = load_features(data, encoder, "train2017", train_images)
+    val_features, val_metadata = load_features(data, encoder, split, images)
+    if metadata.get("weights") != val_metadata.get("weights"):
+        die(f"the {encoder} features of train2017 and {split} were made with different weights: "
+            "delete the wrong ones and encode again")
     S, W = train_features.shape[1:]
     if shuffle:
-        train_features, val_features = (np.random.default_rng(seed).permutation(f) for f in (train_features, val_features))
-    if "cuda" in device and train_features.nbytes < 0.5 * torch.cuda.mem_get_info(device)[0]:  # COCO's 9 GB fit on most GPUs: no loader needed
-        train_features = torch.from_numpy(train_features[:]).to(device)
+        train_features = np.random.default_rng(seed).permutation(train_features)
+        val_features = np.random.default_rng(seed).permutation(val_features)
+    if "cuda" in device:
+        # all of COCO is 9 GB: if the card has room, no loader is needed. scst needs room itself
+        room = torch.cuda.mem_get_info(device)[0] * (0.25 if scst else 0.5)
+        if train_features.nbytes < room:
+            train_features = torch.from_numpy(train_features[:]).to(device)
 
-    # ---- the GPT, and the bridge to it
+    # ---- the frozen GPT and the fusion module
     torch.manual_seed(seed)
     if init_from == "scratch":
         with local_main_process_first(process):
-            writer = GPT.from_pretrained(gpt)
-        tokenizer_source = load_checkpoint(gpt).get("tokenizer", "gpt2") if gpt.endswith(".pt") else "gpt2"  # others' weights are in GPT-2's
-        model = Captioner(writer, fusion, every, W, n_query, dropout)
+            gpt_model, tokenizer_source, _ = load_model(gpt)
+        model = Captioner(gpt_model, fusion, every, W, n_query, dropout)
     else:
-        if init_from == "resume":
-            checkpoint, model = load_run(path)
+        source = run_file(out_dir if init_from == "resume" else init_from,
+                          "best.pt" if eval_only else "ckpt.pt")
+        checkpoint, model = load_run(source)
         tokenizer_source = checkpoint["tokenizer"]
-        was = checkpoint["settings"] | dict(width=checkpoint["width"], weights=checkpoint["weights"])
-        now = dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W, weights=about.get("weights"))
-        if other := [k for k, v in now.items() if was[k] != v]:
-            die(f"{init_from} was trained with {', '.join(f'{k}={was[k]}' for k in other)}: go on with the same")
+        saved = checkpoint["settings"] | {k: checkpoint[k] for k in ("width", "weights")}
+        now = dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=W,
+                   weights=metadata.get("weights"))
+        other = [f"{k}={saved[k]}" for k, v in now.items() if saved[k] != v]
+        if other:
+            die(f"{source} was trained with {', '.join(other)}: go on with the same")
     gpt_config, tokenizer = model.gpt.config, get_tokenizer(tokenizer_source)
     if gpt_config.vocab_size != tokenizer.n_vocab:
-        die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: only GPT-2's vocabulary, or our checkpoints")
+        die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: "
+            "take a GPT with its own tokenizer")
     model.to_process(process)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters()) + about.get("parameters", 0)
+    total = sum(p.numel() for p in model.parameters()) + metadata.get("parameters", 0)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (0.9, beta2))
-    step = 0
+    step, best = 0, -1.0
     if init_from == "resume":
-        resume_optimizers(optimizers, checkpoint, path)
-        step = checkpoint["step"]
+        step, best = checkpoint["step"], checkpoint.get("best", -1.0)
+        if not eval_only:
+            resume_optimizers(optimizers, checkpoint, source)
         if rank == 0:
-            warn_changed(config, checkpoint, "data batch_size optimizer learning_rate min_lr warmup_steps max_steps weight_decay beta2 grad_clip "
-                                             "dropout shuffle scst samples seed dtype")
-    # `step_model` is what trains; `model`, the same weights uncompiled, evaluates, writes captions and is saved
-    step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
+            warn_changed(config, checkpoint, " ".join(RESUMED) + " dtype")
+    # `model` trains. raw_model has the same weights, and is what evaluates, captions and is saved.
+    raw_model = model
+    if compile:
+        model = torch.compile(raw_model)
     if world_size > 1:
-        step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
+        model = DistributedDataParallel(model, device_ids=[device] if "cuda" in device else None,
+                                        gradient_as_bucket_view=True)
     if batch_size % world_size:
-        die(f"batch_size={batch_size} pictures can't be shared out evenly over {world_size} processes")
+        die(f"batch_size={batch_size} pictures cannot be divided among {world_size} processes")
 
     # ---- captions as tokens, and for scst as words
     config["max_length"] = max_length = min(max_length, gpt_config.block_size - 1)
-    train_captions, val_captions = (TokenizedCaptions(said, tokenizer, max_length) for said in (train_said, references))
-    if (cut := train_captions.cut + val_captions.cut) and rank == 0:
-        print(f"{cut:,} captions are longer than max_length={max_length} tokens and were cut")
+    train_captions = TokenizedCaptions(train_references, tokenizer, max_length)
+    val_captions = TokenizedCaptions(references, tokenizer, max_length)
+    n_cut = train_captions.cut + val_captions.cut
+    if n_cut and rank == 0:
+        print(f"{n_cut:,} captions have more than max_length={max_length} tokens and are cut")
     if scst:
-        words = [said + [END] for said in tokenize([caption for all_said in train_said for caption in all_said])]
-        train_words = [words[first:end] for first, end in zip(train_captions.of_image, train_captions.of_image[1:])]
+        words = tokenize([caption for of_image in train_references for caption in of_image])
+        words = [caption + [END] for caption in words]
+        offsets = train_captions.of_image
+        train_words = [words[first:end] for first, end in zip(offsets, offsets[1:])]
         df = document_frequencies(train_words)
 
     # ---- the loop
-    gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate") for half in ("attn", "mlp") for layer, block in model.gated.items()}
+    gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate")
+             for half in ("attn", "mlp") for layer, block in raw_model.gated.items()}
     if rank == 0:
-        print(f"{len(train_images):,} pictures to train on, {len(images):,} held out, {S} tokens x {W} each | "
-              f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | {world_size} process(es) on {device}", flush=True)
-        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates],
-                  math.inf if eval_only else step)
-        wandb = start_wandb(config) if wandb_log else None
+        print(f"{len(train_images):,} pictures to train on, {len(images):,} held out, {S} tokens x "
+              f"{W} each | {trainable:,} trainable parameters, {trainable / total:.1%} of "
+              f"{total:,} | {world_size} process(es) on {device}", flush=True)
+        columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates]
+        wandb = start_wandb(config) if wandb_log and not eval_only else None
+        log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step, wandb)
     asked_to_stop, stop = stop_signals(), 0
     t0, first_step = time.time(), step
-    while True:
-        # look at the whole held-out split, and save
+    while not eval_only:
+        # evaluate on the whole held-out split, and save
         row = dict(step=step)
-        if (step % eval_interval == 0 or step >= max_steps or eval_only) and not stop:
-            model.eval()
-            said = caption_split(model, val_features, tokenizer, max_length, process)
-            scores, _ = score(said, references)
-            row |= dict(perplexity=perplexity(model, val_features, val_captions, process), CIDEr=scores["CIDEr"])
+        if (step % eval_interval == 0 or step >= max_steps) and not stop:
+            raw_model.eval()
+            candidates = caption_split(raw_model, val_features, tokenizer, max_length, process)
+            row["CIDEr"] = score(candidates, references)[0]["CIDEr"]
+            row["perplexity"] = perplexity(raw_model, val_features, val_captions, process)
+            check_finite(step, row["perplexity"], "the perplexity of held-out captions")
             if rank == 0:
-                print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | CIDEr {100 * row['CIDEr']:.1f} | "
-                      f"\"{said[0]}\"", flush=True)
+                print(f"step {step:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f}"
+                      f" | CIDEr {100 * row['CIDEr']:.1f} | \"{candidates[0]}\"", flush=True)
         if rank == 0 and step > first_step and ("CIDEr" in row or stop):
-            taught = load_checkpoint(os.path.join(data, "features", "tagger.pt")) if encoder == "tagger" else None
-            save_checkpoint(path, dict(
-                model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, settings=config,
-                gpt_config=asdict(gpt_config), width=W, tokenizer=tokenizer_source, pretrained=about.get("pretrained"),
-                weights=about.get("weights"), tagger=taught))
-        if step >= max_steps or eval_only or stop:
+            is_best = row.get("CIDEr", -1.0) > best
+            best = max(best, row.get("CIDEr", -1.0))
+            tagger = None
+            if encoder == "tagger":
+                tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
+            save_run(out_dir, dict(
+                model=raw_model.state_dict(), step=step, best=best, settings=config,
+                optimizers=[opt.state_dict() for opt in optimizers], gpt_config=asdict(gpt_config),
+                width=W, tokenizer=tokenizer_source, pretrained=metadata.get("pretrained"),
+                weights=metadata.get("weights"), tagger=tagger), is_best)
+        if step >= max_steps or stop:
             break
 
         # one step
         t1 = time.time()
         reseed(seed, step, rank)
-        model.train(not scst)  # with dropout, scst's log-probabilities would be of another model than the one that spoke
-        chosen_images, chosen_captions = training_batch(step, batch_size, train_captions, seed)
-        mine = chosen_images[rank::world_size]
+        # scst without dropout: with it, the log-probabilities would not be of the sampling model
+        raw_model.train(not scst)
+        batch_images, batch_captions = training_batch(step, batch_size, train_captions, seed)
+        mine = batch_images[rank::world_size]
         features = read_features(train_features, mine, device)
+        image_idx, loss_weight, reward = None, None, 0.0
         if scst:
-            with process.autocast():  # one of its own: the bfloat16 weights that autocast remembers from here have no gradient
-                own_words = [train_words[i] for i in mine]
-                idx, targets, image_idx, weight, reward = self_critical(model, features, own_words, df, tokenizer, max_length, samples)
+            # In an autocast of its own: it caches bfloat16 copies of weights, and those that are
+            # made here, without gradients, must not be used by the training step.
+            with process.autocast():
+                idx, targets, image_idx, loss_weight, reward = self_critical(
+                    raw_model, features, [train_words[i] for i in mine], df, tokenizer, max_length,
+                    samples)
+            n_tokens = (targets >= 0).sum().item()
         else:
-            idx, targets = train_captions.batch(chosen_captions[rank::world_size], device)
-            image_idx, weight, reward = None, None, 0.0  # one caption for each picture, and all count alike
-        n_tokens, = all_reduce_sum(process, (targets >= 0).sum().item())
-        with process.autocast():  # the mean over the tokens of the global batch; DDP will average gradients, so each process counts `world_size` times
-            loss = step_model(idx, features, targets, image_idx, weight) * (world_size / n_tokens)
+            chosen = batch_captions[rank::world_size]
+            idx, targets = train_captions.batch(chosen, device)
+            n_tokens = int((train_captions.start[np.add(chosen, 1)]
+                            - train_captions.start[chosen] - 1).sum())
+        total_tokens, = all_reduce_sum(process, n_tokens)
+        with process.autocast():
+            # The mean over the tokens of the global batch. DDP averages the gradients of the
+            # processes, so each process's loss counts world_size times.
+            loss = model(idx, features, targets, image_idx, loss_weight)
+            loss = loss * (world_size / total_tokens)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
-        norm = optimizer_step(model, optimizers, lr, grad_clip, step)
-        loss, reward, stop = all_reduce_sum(process, loss.item() / world_size, reward / world_size, len(asked_to_stop))  # all processes stop after the same step
+        norm = optimizer_step(raw_model, optimizers, lr, grad_clip, step)
+        # all processes stop after the same step
+        loss, reward, stop = all_reduce_sum(process, loss.item() / world_size,
+                                            reward / world_size, len(asked_to_stop))
         ms = (time.time() - t1) * 1000
         if rank == 0:
             row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm, ms=ms)
-            row |= {name: gate.tanh().item() for name, gate in gates.items()}
+            if gates:
+                values = torch.stack([gate.detach() for gate in gates.values()]).tanh().tolist()
+                row |= dict(zip(gates, values))
             log.add(**row)
-            if wandb:
-                wandb.log({k: v for k, v in row.items() if v is not None}, step=step)
             if step % log_interval == 0 or step == max_steps - 1:
-                left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
+                seconds_left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
                 aim = f"CIDEr of samples {100 * reward:.1f}" if scst else f"loss {loss:.4f}"
-                print(f"step {step:5d}/{max_steps} | {aim} | norm {norm:.2f} | lr {lr:.2e} | {ms:.0f} ms | "
-                      f"{batch_size / ms * 1000:,.0f} images/s | {left / 60:.1f} min left", flush=True)
+                print(f"step {step:5d}/{max_steps} | {aim} | norm {norm:.2f} | lr {lr:.2e} | "
+                      f"{ms:.0f} ms | {batch_size / ms * 1000:,.0f} images/s | "
+                      f"{seconds_left / 60:.1f} min left", flush=True)
         step += 1
 
-    # ---- what came of it
     if stop:
         if rank == 0:
-            print(f"stopped at step {step}; the same command with init_from=resume goes on")
+            print(f"stopped at step {step}; go on with: python train_caption.py out_dir={out_dir} "
+                  "init_from=resume")
         finish(process)
-    without, wrong = (perplexity(model, val_features, val_captions, process, which_image) for which_image in ("none", "wrong"))
+
+    # ---- results, of the best checkpoint
+    if rank == 0 and not eval_only:
+        log.add(**row)
+    if world_size > 1:
+        dist.barrier()  # the checkpoint is written
+    checkpoint = load_checkpoint(run_file(out_dir, "best.pt"))
+    step = checkpoint["step"]
+    load_weights(raw_model, checkpoint["model"], out_dir)
+    raw_model.eval()
+    candidates = caption_split(raw_model, val_features, tokenizer, max_length, process)
+    scores, per_image = score(candidates, references)
     table = {"greedy": scores}
     if single_reference:
-        table["greedy, one reference"] = published_protocol(said, references, seed)
+        table["greedy, one reference"] = published_protocol(candidates, references, seed)
     if beam > 1:
-        said = caption_split(model, val_features, tokenizer, max_length, process, beam)
-        scores, _ = score(said, references)
+        candidates = caption_split(raw_model, val_features, tokenizer, max_length, process, beam)
+        scores, per_image = score(candidates, references)
         table[f"beam={beam}"] = scores
+    right, wrong, without = (
+        perplexity(raw_model, val_features, val_captions, process, which_image)
+        for which_image in ("right", "wrong", "none"))
     if rank == 0:
-        if not eval_only:
-            log.add(**row)
-            if wandb:
-                wandb.log(row, step=step)
-        right = fraction_right(images, said)
-        results = dict(fusion=fusion, every=every, trainable=trainable, total=total, perplexity=row["perplexity"], **scores,
-                       perplexity_wrong_picture=wrong, perplexity_no_picture=without, right=right, step=step, scores=table, settings=config)
+        results = dict(
+            fusion=fusion, every=every, trainable=trainable, total=total, perplexity=right,
+            **scores, perplexity_wrong_picture=wrong, perplexity_no_picture=without,
+            right=fraction_right(images, candidates), step=step, scores=table, settings=config)
         save_json(os.path.join(out_dir, "results.json"), results, indent=1)
-        coco_results = [dict(image_id=image["id"], caption=caption) for image, caption in zip(images, said)]
+        coco_results = [dict(image_id=entry["id"], caption=caption)
+                        for entry, caption in zip(images, candidates)]
         save_json(os.path.join(out_dir, f"captions_{split}.json"), coco_results, indent=1)
-        draw_curves(os.path.join(out_dir, "curves.png"), log.rows, batch_size, split, scst, list(model.gated))
-        files = [os.path.join(data, split, image["file_name"]) for image in images[:12]]
-        if all(map(os.path.exists, files)):  # features may be here without their pictures
-            pictures = [open_image(file) for file in files]
-            draw_captions(os.path.join(out_dir, "captions.png"), pictures, [f"{s}\n({r[0].strip()})" for s, r in zip(said, references)])
-            if about.get("pretrained"):  # open_clip's towers see the middle of a picture, our own encoders the whole
-                pictures = [ImageOps.fit(picture, (224, 224)) for picture in pictures]
-            if gates:
-                features = read_features(val_features, np.arange(len(pictures))[:3], device)
-                with process.autocast():
-                    draw_attention(os.path.join(out_dir, "attention.png"), model, features, pictures, tokenizer, max_length)
-
-        print("\ncaptions of pictures it was not trained on, and what a person said:")
-        for caption, refs in list(zip(said, references))[:10]:
-            print(f"  {caption:<62} | {refs[0].strip()}")
-        print(f"\n{scores_table(table)}\n\nfusion                     {variant(results)}" + (", features shuffled between pictures" if shuffle else ""))
-        print(f"trainable parameters       {trainable:,} ({trainable / total:.1%} of {total:,})")
-        print(f"perplexity                 {row['perplexity']:.3f}   (the language model alone {without:.3f}, with a wrong picture {wrong:.3f})")
-        if right is not None:
-            print(f"captions entirely right    {right:.1%} of {len(images)} held-out scenes (every size, colour, shape and place)")
-        print(f"look at                    {out_dir}/captions.png, curves.png" + (", attention.png" if gates else ""))
+        draw_curves(os.path.join(out_dir, "curves.png"), log.rows, batch_size, split, scst,
+                    list(raw_model.gated))
+        files = [os.path.join(data, split, entry["file_name"]) for entry in images]
+        if all(map(os.path.exists, files)):  # there may be features without pictures
+            draw_results(out_dir, raw_model, val_features, files, candidates, references,
+                         per_image["CIDEr"], tokenizer, max_length, metadata, process)
+        print_results(out_dir, results, table, candidates, references, len(images))
+        if len(images) == 1:
+            print("CIDEr is 0: with one picture, every n-gram is in all pictures and counts 0")
         print(f"time                       {time.time() - t_start:.0f} s")
     finish(process)

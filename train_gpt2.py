@@ -1,18 +1,27 @@
-"""
-The writer: GPT-2, and the loop that teaches it to continue text.
+r"""
+GPT-2 (Radford et al. 2019), and the loop that trains it on the token shards of fineweb.py.
 
-    python train_gpt2.py data=notes n_layer=4 n_head=4 n_embd=128 batch_size=8 total_batch_size=8192 max_steps=300   # a CPU, minutes
-    python train_gpt2.py batch_size=64                           # one GPU with 80 GB
-    torchrun --standalone --nproc_per_node=8 train_gpt2.py batch_size=64   # eight GPUs
-    python train_gpt2.py prompt="Hello, I'm a language model,"   # what the trained model in out_dir says
-    python train_gpt2.py init_from=gpt2 eval_only=True           # OpenAI's weights: our validation shard, and HellaSwag
-    python train_gpt2.py init_from=out/gpt2/best.pt export=mine  # a folder that `transformers` loads
+    # a CPU, minutes
+    python train_gpt2.py data=notes n_layer=4 n_head=4 n_embd=128 total_batch_size=8192 \
+        max_steps=300 warmup_steps=20
+    # one GPU with 80 GB
+    python train_gpt2.py batch_size=64
+    # eight GPUs
+    torchrun --standalone --nproc_per_node=8 train_gpt2.py batch_size=64
 
-The defaults are the published recipe: 124M parameters, 524,288 tokens a step, 19,073 steps = 10B tokens of FineWeb-Edu.
-The loss starts at ln 50257 = 10.82, falls under 4 within the first thousand steps, and ends near 3.1, beside OpenAI's GPT-2.
-Data order is a pure function of (seed, step): the same global batches for any number of processes and after any resume.
-Stopped in any way (Ctrl-C and SIGTERM save first), it goes on with init_from=resume as if nothing had happened.
-Writes out_dir/{ckpt.pt, ckpt_previous.pt, best.pt, log.csv, curves.png, samples.txt}.
+    # what the trained model in out_dir says; its validation loss and HellaSwag score; a folder that
+    # transformers reads. init_from= names another model
+    python train_gpt2.py prompt="Hello, I'm a language model,"
+    python train_gpt2.py init_from=gpt2 eval_only=True
+    python train_gpt2.py export=mine
+
+The defaults are the published recipe: 124M parameters, 524,288 tokens a step, 19,073 steps = 10B
+tokens of FineWeb-Edu. The loss starts at ln 50257 = 10.82, falls below 4 within the first thousand
+steps, and ends near 3.1, beside OpenAI's GPT-2.
+Data order is a pure function of (seed, step): the global batches are the same for any number of
+processes and after any resume. A run that was stopped in any way (Ctrl-C and SIGTERM save first)
+goes on with init_from=resume, with the settings that it had, and repeats the same loss curve.
+Writes out_dir/{ckpt.pt, best.pt, log.csv, curves.png, samples.txt}.
 """
 import csv
 import glob
@@ -25,9 +34,9 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
+from datetime import timedelta
 from typing import NamedTuple
 
 import numpy as np
@@ -37,48 +46,68 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import fineweb
 import hellaswag
-from fineweb import configure, die, download, get_tokenizer, hub, save_atomically, print_settings, vocab_and_merges
+from fineweb import (configure, die, download, get_tokenizer, hub, lock_folder, print_settings,
+                     save_atomically, vocab_and_merges)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any of them
 
 data = "edu_fineweb10B"     # folder of token shards, written by fineweb.py
-out_dir = "out/gpt2"        # where checkpoint, log and plot go
-init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | gpt2, gpt2-medium, -large, -xl | a folder, .safetensors or ckpt.pt
-eval_only = False           # evaluate what init_from names, then stop
-prompt: str = None          # continue this text instead of training: four times, max_new_tokens each
-export: str = None          # write the model for `transformers` into this folder, then stop
+out_dir = "out/gpt2"        # folder for checkpoints, log and plot
+init_from = "scratch"       # scratch, resume, or a model: gpt2, gpt2-xl, folder, .safetensors, .pt
+eval_only = False           # only evaluate the model
+prompt: str = None          # only continue this text, four times
+export: str = None          # only write the model into this folder, as transformers reads it
 n_layer = 12                # >= 1: 12 layers, 12 heads, 768 wide: GPT-2 124M
 n_head = 12                 # >= 1
 n_embd = 768                # >= 1
 block_size = 1024           # >= 1: longest sequence, T
-batch_size = 8              # >= 1: sequences a process works on at once, B: as many as fit
-total_batch_size = 524_288  # >= 1: tokens a step, 2**19: about 0.5M as in the GPT-3 paper; gradients accumulate up to it
-optimizer = "adamw"         # one of adamw | muon: adamw, or muon for the matrices inside the blocks
+batch_size = 8              # >= 1: sequences that a process works on at once, B: as many as fit
+total_batch_size = 524_288  # >= 1: tokens a step, 2**19: about 0.5M as in the GPT-3 paper
+optimizer = "adamw"         # one of adamw | muon: muon is for the matrices inside the blocks
 learning_rate = 6e-4        # > 0: the peak
 min_lr = 6e-5               # >= 0: where the schedule ends
 warmup_steps = 715          # >= 0: GPT-3 warms up over 375M tokens
 max_steps = 19_073          # >= 1: 10B tokens / 524,288
-schedule = "cosine"         # one of cosine | wsd: cosine, or wsd: constant until the last fifth, then straight down
+schedule = "cosine"         # one of cosine | wsd: wsd is constant until the last fifth
 weight_decay = 0.1          # >= 0
-grad_clip = 1.0             # >= 0
+grad_clip = 1.0             # >= 0: largest norm of the gradient; 0 = no clipping
 eval_interval = 250         # >= 1: steps between evaluations, each followed by a checkpoint
 eval_tokens = 10_485_760    # >= 1: validation tokens of one evaluation, at most
-exam: int = None            # >= 0: HellaSwag questions asked at each evaluation; None = all 10,042 on CUDA or with eval_only, else none
-exam_file = "data/hellaswag_val.jsonl" # where they are; fetched if they are not there
-max_new_tokens = 64         # >= 1: of a sample
+hellaswag_questions: int = None  # >= 0: at each evaluation; None = all on CUDA or with eval_only
+hellaswag_file = "data/hellaswag_val.jsonl"  # the questions; fetched if the file is not there
+max_new_tokens = 64         # >= 1: length of a sample
 temperature = 1.0           # >= 0: of samples; 0 = always the likeliest token
-top_k = 50                  # >= 1: samples choose among so many likeliest tokens
+top_k = 50                  # >= 1: samples choose among this many likeliest tokens
 log_interval = 1            # >= 1: steps between printed lines
 seed = 1337                 # >= 0
-device: str = None          # cuda, cpu, mps; None takes the best there is
-dtype: str = None           # one of bfloat16 | float32: of the matmuls; None = bfloat16 on CUDA
-compile: bool = None        # torch.compile the training step; None = on CUDA
+device: str = None          # cuda, cpu, mps; None = the best there is
+dtype: str = None           # one of bfloat16 | float32: of matmuls; None = bfloat16 on CUDA
+compile: bool = None        # torch.compile the blocks for training; None = on CUDA with Triton
 wandb_log = False           # mirror the log to Weights & Biases
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the model. B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size; S = cached + new tokens
+RENAMED = {"exam": "hellaswag_questions", "exam_file": "hellaswag_file"}
+# A resumed run keeps these settings of its checkpoint, but for what is typed. The sizes cannot be
+# changed. Another value of CURVE_SETTINGS changes the training, and is printed.
+CURVE_SETTINGS = ("data block_size total_batch_size optimizer learning_rate min_lr warmup_steps "
+                  "max_steps schedule weight_decay grad_clip seed dtype")
+SIZES = ("n_layer", "n_head", "n_embd")
+OTHER_SETTINGS = "batch_size eval_interval eval_tokens hellaswag_questions hellaswag_file"
+
+# ==================================================================================================
+# GPT-2 WITH A KV CACHE. From here to `decode`, it can be copied into a notebook and run alone.
+#
+#     x = wte[idx] + wpe[position]                                             (B, T, C)
+#     in each block:  x = x + attention(ln_1(x));  x = x + mlp(ln_2(x))        (B, T, C)
+#     attention:  softmax(q k^T / sqrt(D), only past positions) v              (B, H, T, D)
+#     logits = ln_f(x) wte^T                                                   (B, T, V)
+#
+# k and v of a token never change once they are computed, because a token sees only its past. The
+# cache keeps them, so that a new token costs one token's work.
+# B batch, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size; S = cached + new tokens
+# ==================================================================================================
 
 
 @dataclass
@@ -91,18 +120,20 @@ class GPTConfig:
 
 
 def matmul_dtype(x):
-    """What matmuls with x come out in: autocast's type where it is on."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    """The dtype of a matmul's result for x: autocast's where autocast is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every block, so that a new token costs one token's work."""
+    """The keys and values of all earlier tokens, for every block."""
 
     def __init__(self, config, B, length, like):
-        D = config.n_embd // config.n_head
-        self.kv = like.new_empty(config.n_layer, 2, B, config.n_head, length, D, dtype=matmul_dtype(like))
-        # the position of the next token; GPT.hidden moves it once all blocks have added theirs
-        self.pos = 0
+        """Room for `length` tokens in each of B rows, on the device of the tensor `like`."""
+        H, D = config.n_head, config.n_embd // config.n_head
+        self.kv = like.new_empty(config.n_layer, 2, B, H, length, D, dtype=matmul_dtype(like))
+        self.pos = 0  # of the next token; GPT.hidden moves it after the last block
 
     def update(self, layer, k, v):
         """k, v: (B, H, T, D) of the new tokens. Returns those of all tokens, (B, H, S, D)."""
@@ -113,10 +144,14 @@ class KVCache:
 
     def reorder(self, rows):
         """
-        Row i of the batch becomes what rows[i] was (rows: a long tensor of any length). A row that
-        is named several times can be continued in several ways.
+        Row i of the batch becomes what row rows[i] was (rows: a long tensor of any length). A row
+        that is named several times can be continued in several ways.
         """
-        self.kv = self.kv[:, :, rows]
+        used = self.kv[:, :, rows, :, :self.pos]
+        n_layer, _, B, *rest = self.kv.shape
+        if len(rows) != B:
+            self.kv = self.kv.new_empty(n_layer, 2, len(rows), *rest)
+        self.kv[..., :self.pos, :] = used
 
 
 class CausalSelfAttention(nn.Module):
@@ -129,13 +164,17 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, kv_cache=None, layer=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         past = kv_cache.pos if kv_cache else 0
         if kv_cache:
             k, v = kv_cache.update(layer, k, v)  # (B, H, S, D), S = past + T
-        # the t-th new token sits at position past + t and may look at itself and everything before; is_causal would align t with 0
-        seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past and T > 1 else None
-        y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=past == 0)
+        # New token t is at position past + t and sees the positions up to its own. With a past,
+        # is_causal would be wrong: it takes the first new token for position 0.
+        mask = None
+        if past and T > 1:
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=past == 0)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -147,7 +186,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * n_embd, n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # the approximation is GPT-2's: exact GELU would not be it
+        # GPT-2 was trained with this approximation of GELU
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -164,91 +204,42 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class FusedLinearCrossEntropy(torch.autograd.Function):
-    """
-    The cross-entropy of the logits x W^T, without ever holding them all: 64 sequences of 1,024 tokens have 13 GB of fp32
-    logits, and as much again of gradients. So it takes a few thousand positions at a time and, while their logits are there,
-    also turns them into what the backward pass will want, the gradients of x and W. No matmul is done twice.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, share, vocab_size, with_gradients):
-        """
-        x (N, C), weight (V padded, C), targets (N,), share (N,), how much each counts -> their weighted sum, a scalar with gradients, and
-        each one's nats (N,), without; both in fp32.
-        """
-        n, dtype = len(x), matmul_dtype(x)
-        chunk = min(n, 4096 if x.is_cuda else 512 if with_gradients else 128)
-        x, w, nats = x.to(dtype), weight.to(dtype), torch.empty_like(targets, dtype=torch.float32)
-        dx = torch.empty_like(x) if with_gradients else None
-        dw = torch.zeros_like(weight) if with_gradients and weight.requires_grad else None
-        # All chunks are written into the same memory: fresh memory takes a CPU longer to come by than what goes there takes to compute.
-        logits = x.new_empty(chunk, len(w))
-        logp = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-        for i in range(0, n, chunk):
-            xi, target = x[i:i + chunk], targets[i:i + chunk, None]
-            z = torch.mm(xi, w.t(), out=logits[:len(xi)])
-            z[:, vocab_size:] = -math.inf  # the padding of the vocabulary must not enter the softmax
-            p = z if logp is logits else logp[:len(xi)].copy_(z)
-            torch.log_softmax(p, 1, out=p)
-            nats[i:i + chunk] = -p.gather(1, target)[:, 0]
-            if with_gradients:  # d nats / d logits = softmax - one-hot
-                p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-                z.copy_(p)
-                counts = share[i:i + chunk, None]
-                dx[i:i + chunk] = (z @ w) * counts
-                if dw is not None:
-                    dw += z.t() @ (xi * counts).to(dtype)
-        if with_gradients:
-            ctx.save_for_backward(dx, dw)
-        ctx.mark_non_differentiable(nats)
-        return (nats * share).sum(), nats
-
-    @staticmethod
-    def backward(ctx, dloss, _):
-        dx, dw = ctx.saved_tensors
-        return dx * dloss, dw if dw is None else dw * dloss, None, None, None, None
-
-
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019) with Hugging Face's parameter names; matrices are (out, in), theirs (in, out)."""
+    """GPT-2 with Hugging Face's parameter names. Matrices are (out, in), theirs are (in, out)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        padded = config.vocab_size + -config.vocab_size % 128  # 50257 is an ugly number; 50304 = 393 * 128 suits the matmul kernels
+        # matmul kernels are slow for odd sizes: 50257 rows become 50304 = 393 * 128
+        padded_vocab_size = math.ceil(config.vocab_size / 128) * 128
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(padded, config.n_embd),
+            wte=nn.Embedding(padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
             ln_f=nn.LayerNorm(config.n_embd),
         ))
-        self.lm_head = nn.Linear(config.n_embd, padded, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # one matrix reads tokens and writes them
+        self.lm_head = nn.Linear(config.n_embd, padded_vocab_size, bias=False)
+        # one matrix both embeds the input tokens and scores the output tokens
+        self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # each block adds twice to the residual stream: 1/sqrt(2 n_layer) keeps its variance at the end near 1
-                nn.init.normal_(p, std=0.02 * (2 * config.n_layer) ** -0.5 if name.endswith("c_proj.weight") else 0.02)
+            elif name.endswith("c_proj.weight"):
+                # 2 n_layer of these are summed up in the residual stream: this keeps its size
+                nn.init.normal_(p, std=0.02 * (2 * config.n_layer) ** -0.5)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
 
     def embed(self, idx, start=0):
         """Token ids (B, T), the first of them at position `start` -> (B, T, C)."""
-        T = idx.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit into block_size={self.config.block_size}")
-        return self.transformer.wte(idx) + self.transformer.wpe(torch.arange(start, start + T, device=idx.device))
-
-    def head(self, x):
-        """(B, T, C) -> logits (B, T, V). The padding of the vocabulary is cut off: it must not enter a softmax."""
-        return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
-
-    def cross_entropy(self, x, targets, share=None):
-        """(N, C), targets (N,) -> their cross-entropy in nats: its sum weighted by `share` (N,), None = the mean; and each one's."""
-        share = torch.full_like(targets, 1 / len(targets), dtype=torch.float32) if share is None else share
-        return FusedLinearCrossEntropy.apply(self.transformer.ln_f(x), self.lm_head.weight, targets, share, self.config.vocab_size, torch.is_grad_enabled())
+        end = start + idx.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit into block_size={self.config.block_size}")
+        positions = torch.arange(start, end, device=idx.device)
+        return self.transformer.wte(idx) + self.transformer.wpe(positions)
 
     def hidden(self, idx, kv_cache=None):
-        """idx (B, T) -> (B, T, C), what the head turns into logits."""
+        """idx (B, T) -> the output of the last block, before ln_f, (B, T, C)."""
         x = self.embed(idx, kv_cache.pos if kv_cache else 0)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, kv_cache, layer)
@@ -256,20 +247,47 @@ class GPT(nn.Module):
             kv_cache.pos += idx.shape[1]
         return x
 
+    def head(self, x):
+        """ln_f and the language model head: (B, T, C) -> logits (B, T, V), without the padding."""
+        return self.lm_head(self.transformer.ln_f(x))[..., :self.config.vocab_size]
+
+    def cross_entropy(self, x, targets, loss_weight=None):
+        """
+        x (N, C) as `hidden` gives it, targets (N,) -> the loss, in nats: the sum of the targets'
+        cross-entropies, each times its loss_weight (N,); None = the mean. And, without gradients,
+        each target's own cross-entropy (N,). The logits (N, V) are never held all at once.
+        """
+        if loss_weight is None:
+            loss_weight = torch.full_like(targets, 1 / len(targets), dtype=torch.float32)
+        return FusedLinearCrossEntropy.apply(
+            self.transformer.ln_f(x), self.lm_head.weight, targets, loss_weight,
+            self.config.vocab_size, torch.is_grad_enabled())
+
     def forward(self, idx, targets=None, kv_cache=None):
-        """idx (B, T) -> logits (B, T, V), or, given targets (B, T), their mean cross-entropy in nats a token."""
+        """idx (B, T) -> logits (B, T, V), or, given targets (B, T), the mean loss in nats."""
         x = self.hidden(idx, kv_cache)
         if targets is None:
             return self.head(x)
         return self.cross_entropy(x.flatten(0, 1), targets.flatten())[0]
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, seed=None):
-        """Continues each row of idx (B, T) by up to max_new_tokens tokens; the same `seed`, the same tokens; see `decode`."""
-        kv_cache = KVCache(self.config, len(idx), idx.shape[1] + max_new_tokens - 1, self.lm_head.weight)  # the last token is never read
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        # where the prompt is long, only its last position needs logits
-        return decode(lambda new: self.head(self.hidden(new, kv_cache)[:, -1:]), idx, max_new_tokens, temperature, top_k, stop, generator)
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, seed=None,
+                 n_vocab=None):
+        """
+        Continues each row of idx (B, T) by up to max_new_tokens tokens, see `decode`. Only the
+        first n_vocab ids are sampled. The same `seed` gives the same tokens.
+        """
+        # the last token is never read
+        kv_cache = KVCache(self.config, len(idx), idx.shape[1] + max_new_tokens - 1,
+                           self.lm_head.weight)
+        generator = torch.Generator(idx.device).manual_seed(seed) if seed is not None else None
+
+        def next_logits(new_ids):
+            # of a prompt, only the last position is of use
+            x = self.hidden(new_ids, kv_cache)[:, -1:]
+            return self.head(x)[..., :n_vocab]
+
+        return decode(next_logits, idx, max_new_tokens, temperature, top_k, stop, generator)
 
     def prefill(self, contexts, room):
         """
@@ -292,32 +310,28 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name):
-        """`name`: gpt2, gpt2-medium, gpt2-large, gpt2-xl; a folder as `save_pretrained` writes it; a .safetensors file; or our ckpt.pt."""
-        if name.endswith(".pt"):
-            checkpoint = load_checkpoint(name)
-            if "model_config" not in checkpoint:
-                die(f"{name} is not a checkpoint of train_gpt2.py")
-            config, state = checkpoint["model_config"], checkpoint["model"]
-        else:
-            config, state = read_hugging_face(name)
-        model = cls(GPTConfig(**config))
-        load_weights(model, state, name)
-        return model
+        """The GPT that `name` stands for, see `load_model`."""
+        return load_model(name)[0]
 
     def save_pretrained(self, folder, encoding=None):
         """
-        Writes model.safetensors and config.json as `transformers.GPT2LMHeadModel.from_pretrained(folder)` reads them, and, given the
-        tokenizer, vocab.json and merges.txt as `transformers.GPT2Tokenizer.from_pretrained(folder)` does.
+        Writes config.json and model.safetensors, which transformers' GPT2LMHeadModel reads, and,
+        given the tokenizer, vocab.json and merges.txt, which its GPT2Tokenizer reads.
         """
         from safetensors.torch import save
 
         c, state = self.config, self.state_dict()
-        del state["lm_head.weight"]  # tied
+        del state["lm_head.weight"]  # the same matrix as wte
         state["transformer.wte.weight"] = state["transformer.wte.weight"][:c.vocab_size]
-        state = {key: (w.t() if is_conv1d(key, w) else w).contiguous().cpu() for key, w in state.items()}
-        config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size, n_positions=c.block_size,
-                      n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head, bos_token_id=c.vocab_size - 1, eos_token_id=c.vocab_size - 1)
-        files = {"config.json": json.dumps(config, indent=1).encode(), "model.safetensors": save(state, metadata={"format": "pt"})}
+        for key, w in state.items():
+            state[key] = (w.t() if is_conv1d(key, w) else w).contiguous().cpu()
+        eot = encoding.eot_token if encoding else c.vocab_size - 1
+        config = dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            bos_token_id=eot, eos_token_id=eot)
+        files = {"config.json": json.dumps(config, indent=1).encode(),
+                 "model.safetensors": save(state, metadata={"format": "pt"})}
         if encoding:
             files["vocab.json"], files["merges.txt"] = vocab_and_merges(encoding)
         os.makedirs(folder, exist_ok=True)
@@ -325,48 +339,18 @@ class GPT(nn.Module):
             save_atomically(os.path.join(folder, name), lambda f: f.write(content))
 
 
-def is_conv1d(key, w):
-    """Whether Hugging Face stores this weight transposed, (in, out): the matrices of the blocks."""
-    return ".h." in key and w.dim() == 2
-
-
-def read_hugging_face(name):
-    """The sizes, as GPTConfig's arguments, and the weights, under our names, of a GPT-2 on the hub, in a folder or in a file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not os.path.exists(name):
-        if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-            die(f"{name}: no such file or folder, and not one of OpenAI's gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-        folder = os.path.join("pretrained", name)
-        for file in ("config.json", "model.safetensors"):
-            download(f"{hub()}/openai-community/{name}/resolve/main/{file}", os.path.join(folder, file))
-        name = folder
-    file = os.path.join(name, "model.safetensors") if os.path.isdir(name) else name
-    try:
-        with open(os.path.join(os.path.dirname(file), "config.json")) as f:
-            theirs = json.load(f)
-        config = dict(block_size=theirs["n_positions"], **{k: theirs[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")})
-        weights = {"transformer." + key.removeprefix("transformer."): w for key, w in load_file(file).items()}
-        wte = weights["transformer.wte.weight"]
-    except (OSError, KeyError, ValueError, SafetensorError) as problem:
-        die(f"{file} with the config.json beside it is not a GPT-2 in Hugging Face's layout ({type(problem).__name__}: {problem})")
-    weights["transformer.wte.weight"] = wte = F.pad(wte, (0, 0, 0, -len(wte) % 128))
-    skip = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # old files hold the causal mask, and the tied matrix twice
-    state = {key: w.t() if is_conv1d(key, w) else w for key, w in weights.items() if not key.endswith(skip)}
-    return config, state | {"lm_head.weight": wte}
-
-
 def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
     """
-    Grows idx (B, T) token by token. `step(new ids) -> logits` keeps its own cache, so each token is computed once.
-    temperature 0 is greedy; top_k keeps the k likeliest tokens. A row that has produced `stop` goes on with `stop`,
-    and when every row has, decoding ends.
+    Continues idx (B, T) token by token. step(new ids) -> logits keeps a KV cache, so each token is
+    computed once. Temperature 0 takes the likeliest token; top_k keeps the k likeliest. A row that
+    has produced `stop` goes on with `stop`. When all rows have, decoding ends.
     """
-    new, done = idx, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    new = idx
+    done = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = step(new)[:, -1].float()  # (B, V)
-        if temperature == 0:
+        # dividing by less than this would overflow
+        if temperature < 1e-4:
             new = logits.argmax(-1, keepdim=True)  # (B, 1)
         else:
             if top_k is not None:
@@ -382,109 +366,341 @@ def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, ge
     return idx
 
 
+# ==================================================================================================
+# THE LOSS WITHOUT THE LOGITS, for rows x_i, a head W, targets t_i and weights w_i:
+#
+#     z_i = W x_i                                           logits                  (N, V)
+#     loss = sum_i w_i (logsumexp(z_i) - z_i[t_i])          a number
+#     dz_i = w_i (softmax(z_i) - onehot(t_i))               d loss / d z_i          (N, V)
+#     dx = dz W                                             d loss / d x            (N, C)
+#     dW = dz^T x                                           d loss / d W            (V, C)
+#
+# 64 sequences of 1,024 tokens have 13 GB of float32 logits, and as much again of dz. But each row
+# needs only its own logits. So forward() takes a few thousand rows at a time and, while it has
+# their logits, also computes dx and dW. backward() only scales these. No matmul is done twice.
+# ==================================================================================================
+
+
+class FusedLinearCrossEntropy(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, loss_weight, vocab_size, with_gradients):
+        """
+        x (N, C), weight (padded V, C), targets (N,), loss_weight (N,) -> the loss, and the
+        cross-entropy of each row (N,) without gradients; both in float32. with_gradients must be
+        told: inside this function, torch.is_grad_enabled() is always False.
+        """
+        n, dtype = len(x), matmul_dtype(x)
+        chunk = 4096
+        if not x.is_cuda:
+            chunk = 512 if with_gradients else 128
+        chunk = min(n, chunk)
+        x, weight_cast = x.to(dtype), weight.to(dtype)
+        token_losses = torch.empty_like(targets, dtype=torch.float32)
+        dx = dweight = None
+        if with_gradients:
+            dx = torch.empty_like(x)
+            if weight.requires_grad:
+                dweight = torch.zeros_like(weight)
+        # All chunks are written into the same memory. On a CPU, new memory for each chunk would
+        # take longer to get than the chunk to compute.
+        logits = x.new_empty(chunk, len(weight))
+        probs = logits
+        if dtype != torch.float32:
+            probs = torch.empty_like(logits, dtype=torch.float32)
+        for i in range(0, n, chunk):
+            x_i = x[i:i + chunk]
+            target = targets[i:i + chunk, None]
+            z = torch.mm(x_i, weight_cast.t(), out=logits[:len(x_i)])
+            z[:, vocab_size:] = -math.inf  # rows of the head that are only padding
+            p = z
+            if probs is not logits:
+                p = probs[:len(x_i)].copy_(z)
+            torch.log_softmax(p, 1, out=p)
+            token_losses[i:i + chunk] = -p.gather(1, target)[:, 0]
+            if with_gradients:
+                # p becomes softmax - onehot, and z the same in the dtype of matmuls
+                p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                z.copy_(p)
+                w_i = loss_weight[i:i + chunk, None]
+                dx[i:i + chunk] = (z @ weight_cast) * w_i
+                if dweight is not None:
+                    dweight += z.t() @ (x_i * w_i).to(dtype)
+        if with_gradients:
+            ctx.save_for_backward(dx, dweight)
+        ctx.mark_non_differentiable(token_losses)
+        return (token_losses * loss_weight).sum(), token_losses
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        dx, dweight = ctx.saved_tensors
+        if dweight is not None:
+            dweight = dweight * dloss
+        return dx * dloss, dweight, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------
+# beam search
+
+
 @torch.no_grad()
 def beam_search(step, kv_cache, start, beam, max_new_tokens, stop):
     """
-    Grows start (B * beam, 1), `beam` rows for each of B captions, like `decode`, but keeps the `beam` best beginnings of each. Returns
-    them, best first: (B, beam, up to max_new_tokens). Best has the highest mean log-probability a token, EOS counted: of sums, the
-    shortest would win. What has ended keeps its place for as long as it is among the best.
+    Continues start (B * beam, 1), `beam` equal rows for each of B captions, like `decode`, but
+    keeps the `beam` best continuations of each caption, (B, beam, up to max_new_tokens), best
+    first. The best has the highest mean log-probability a token, `stop` counted: the highest sum
+    would favour short ones. A finished caption stays in the beam as long as it is among the best.
     """
-    first = torch.arange(0, len(start), beam, device=start.device)[:, None]  # (B, 1) the first row of each caption
+    first = torch.arange(0, len(start), beam, device=start.device)[:, None]  # (B, 1) rows
     idx, length = start, start.new_zeros(len(start))
     done = torch.zeros_like(length, dtype=torch.bool)
-    total = torch.full(done.shape, -math.inf, device=start.device)  # log-probability of each row
-    total[first] = 0.0  # all rows of a caption begin alike: one of them is enough
+    # The log-probability of each row. All rows of a caption begin alike: only one may be continued.
+    total = torch.full(done.shape, -math.inf, device=start.device)
+    total[first] = 0.0
     for _ in range(max_new_tokens):
         logp = step(idx[:, -1:])[:, -1].float().log_softmax(-1)  # (B * beam, V)
+        # a finished row has one continuation, `stop`, which costs nothing
         logp[done] = -math.inf
-        logp[done, stop] = 0.0  # the one way to go on from an end, which costs nothing
-        total, length = total[:, None] + logp, length + ~done
-        best = (total / length[:, None]).view(len(first), -1).topk(beam).indices  # (B, beam), each a row of the caption * V + a token
+        logp[done, stop] = 0.0
+        total = total[:, None] + logp
+        length = length + ~done
+        # each of the best is (row of the caption) * V + token
+        mean = (total / length[:, None]).view(len(first), -1)  # (B, beam * V)
+        best = mean.topk(beam).indices  # (B, beam)
         parent = (first + best // logp.shape[1]).flatten()
         token = (best % logp.shape[1]).flatten()
         idx = torch.cat([idx[parent], token[:, None]], 1)
-        total, length, done = total[parent, token], length[parent], done[parent] | (token == stop)
-        kv_cache.kv[..., :kv_cache.pos, :] = kv_cache.kv[:, :, parent, :, :kv_cache.pos]  # each row takes over its parent's keys and values
+        total, length = total[parent, token], length[parent]
+        done = done[parent] | (token == stop)
+        kv_cache.reorder(parent)
         if done.all():
             break
     return idx[:, 1:].view(len(first), beam, -1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# data: shards are one long text; sequence j of a shard is tokens j*T .. j*T+T, whose last is the first of sequence j+1
+# --------------------------------------------------------------------------------------------------
+# weights from elsewhere
+
+
+def load_model(name):
+    """
+    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl (OpenAI's, from the hub); a folder as
+    save_pretrained writes it; its .safetensors file; or a .pt file of this script.
+    Returns the GPT, its tokenizer ("gpt2", or the text of a .tiktoken file), and of a .pt file
+    the whole checkpoint.
+    """
+    checkpoint = None
+    if name.endswith(".pt"):
+        checkpoint = load_checkpoint(name)
+        if "model_config" not in checkpoint:
+            die(f"{name} is not a checkpoint of train_gpt2.py")
+        config, state = checkpoint["model_config"], checkpoint["model"]
+        tokenizer = checkpoint["tokenizer"]
+    else:
+        config, state, tokenizer = read_hugging_face(name)
+    model = GPT(GPTConfig(**config))
+    load_weights(model, state, name)
+    return model, tokenizer, checkpoint
+
+
+def is_conv1d(key, w):
+    """Whether Hugging Face stores this weight transposed, (in, out): the matrices of the blocks."""
+    return ".h." in key and w.dim() == 2
+
+
+# What a config.json may say beside the sizes, GPT-2's value first. Other values are other models.
+GPT2_VALUES = dict(
+    model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
+    layer_norm_epsilon=[1e-5], scale_attn_weights=[True],
+    scale_attn_by_inverse_layer_idx=[False])
+
+
+def read_hugging_face(name):
+    """A GPT-2 on the hub, in a folder or in a file -> GPTConfig's arguments, weights, tokenizer."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not os.path.exists(name):
+        if name not in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+            die(f"{name}: no such file or folder, and not gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+        url = f"{hub()}/openai-community/{name}/resolve/main"
+        name = os.path.join("pretrained", name)
+        for file in ("config.json", "model.safetensors"):
+            download(f"{url}/{file}", os.path.join(name, file))
+    folder, files = os.path.dirname(name), [name]
+    if os.path.isdir(name):
+        folder, files = name, [os.path.join(name, "model.safetensors")]
+    index = os.path.join(folder, "model.safetensors.index.json")
+    try:
+        # large models are cut into several files, which the index lists
+        if os.path.isdir(name) and not os.path.exists(files[0]) and os.path.exists(index):
+            with open(index, encoding="utf-8") as f:
+                parts = sorted(set(json.load(f)["weight_map"].values()))
+            files = [os.path.join(folder, part) for part in parts]
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+            theirs = json.load(f)
+        config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config["block_size"] = theirs["n_positions"]
+        weights = {}
+        for file in files:
+            for key, w in load_file(file).items():
+                weights[key.removeprefix("transformer.")] = w
+        wte = weights["wte.weight"]
+    except (OSError, LookupError, ValueError, TypeError, SafetensorError) as problem:
+        die(f"{name} with its config.json is not a GPT-2 in Hugging Face's layout "
+            f"({type(problem).__name__}: {problem})")
+    for key, accepted in GPT2_VALUES.items():
+        if theirs.get(key, accepted[0]) not in accepted:
+            die(f"{name} is not a GPT-2: its config.json says {key}={theirs[key]}, GPT-2 has "
+                f"{accepted[0]}")
+    if not theirs.get("tie_word_embeddings", True):
+        if not torch.equal(weights.get("lm_head.weight", wte), wte):
+            die(f"{name} is not a GPT-2: its output matrix is not its embedding "
+                "(tie_word_embeddings=false)")
+    padded = F.pad(wte, (0, 0, 0, -len(wte) % 128))
+    state = {"transformer.wte.weight": padded, "lm_head.weight": padded}
+    for key, w in weights.items():
+        # old files also hold the causal mask
+        is_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
+        if key not in ("wte.weight", "lm_head.weight") and not is_mask:
+            key = "transformer." + key
+            state[key] = w.t() if is_conv1d(key, w) else w
+    tokenizer = "gpt2"
+    if os.path.exists(os.path.join(folder, "vocab.json")):
+        tokenizer = fineweb.read_vocab(folder)
+    return config, state, tokenizer
+
+
+def load_weights(model, state, path):
+    """load_state_dict; ends the run with one line if a tensor is missing or has another shape."""
+    own = {key: tuple(w.shape) for key, w in model.state_dict().items()}
+    given = {key: tuple(w.shape) for key, w in state.items()}
+    wrong = []
+    for key in own | given:
+        if own.get(key) != given.get(key):
+            wrong.append(f"{key}: {given.get(key, 'absent')}, not {own.get(key, 'wanted')}")
+    if wrong:
+        die(f"{path} is of another shape than this model, {len(wrong)} of {len(own)} tensors, "
+            f"such as {wrong[0]}")
+    model.load_state_dict(state)
+
+
+def read_shard_tokenizer(folder):
+    """The tokenizer of a folder of shards: the text of its .tiktoken file, or "gpt2"."""
+    path = os.path.join(folder, "tokenizer.tiktoken")
+    if not os.path.exists(path):
+        return "gpt2"
+    with open(path, encoding="utf-8") as f:
+        return f.read()
+
+
+def vocab_size_of(tokenizer):
+    """The number of tokens. GPT-2's is known: its vocabulary may have to be downloaded."""
+    return 50257 if tokenizer == "gpt2" else get_tokenizer(tokenizer).n_vocab
+
+
+def same_tokenizer(one, other):
+    """Whether two tokenizers ("gpt2", or the text of a .tiktoken file) have the same tokens."""
+    if one == other or vocab_size_of(one) != vocab_size_of(other):
+        return one == other
+    return get_tokenizer(one)._mergeable_ranks == get_tokenizer(other)._mergeable_ranks
+
+
+# --------------------------------------------------------------------------------------------------
+# data. A shard is one long text of n tokens. Its sequence j is tokens j*T .. (j+1)*T: T inputs and,
+# one position later, T targets. The last token of a sequence is the first of the next one.
 
 
 def open_shard(path):
-    """The token ids of a shard, memory-mapped: only what a batch touches is read. A .npy, or a .bin as llm.c and modded-nanogpt write it."""
-    if path.endswith(".bin"):  # 256 int32: magic number, version, how many tokens follow
+    """The memory-mapped token ids of a .npy, or of a .bin of llm.c and modded-nanogpt."""
+    if path.endswith(".bin"):
+        # 256 int32 come first: a magic number, a version, the number of tokens
         header = np.fromfile(path, np.int32, 256)
-        if len(header) < 256 or (header[0], header[1]) != (20240520, 1):
-            die(f"{path} does not begin as a .bin shard of GPT-2 tokens does (20240520, 1): write it again, or use fineweb.py's shards")
         n = (os.path.getsize(path) - 1024) // 2
-        if n != header[2]:
-            die(f"{path} holds {n:,} tokens and should hold {header[2]:,}: it was cut short, copy it again")
+        if list(header[:3]) != [20240520, 1, n]:
+            die(f"{path} is not a .bin shard of GPT-2 tokens, which begins with 20240520 and 1, or "
+                "was cut short: copy or write it again")
         return np.memmap(path, np.uint16, "r", 1024, n)
     try:
         shard = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as problem:
         die(f"{path} is not a whole .npy file ({problem}): write it again")
     if shard.ndim != 1 or shard.dtype != np.uint16:
-        die(f"{path} holds {shard.dtype} of shape {shard.shape}, and a shard is one row of uint16 token ids: write it with fineweb.py")
+        die(f"{path} holds {shard.dtype} of shape {shard.shape}; a shard is one row of uint16")
     return shard
 
 
 class Loader:
-    """Global batches of `n_seq` sequences of T tokens from the shards of one split, shuffled anew each epoch."""
+    """
+    The sequences of one split's shards, in an order that has no state: sequence number `i` of the
+    endless stream of epochs is a pure function of (seed, i). Epoch e is the permutation that the
+    generator of (seed, e) makes. So nothing about the data has to be saved for a resume, and any
+    number of processes can share out the same global batches. seed=None: the order of the text.
+    """
 
     def __init__(self, folder, split, T, vocab_size, seed=None):
-        paths = sorted(path for path in glob.glob(os.path.join(folder, f"*{split}*")) if path.endswith((".npy", ".bin")))
+        pattern = os.path.join(glob.escape(folder), f"*{split}*")
+        paths = [path for path in sorted(glob.glob(pattern)) if path.endswith((".npy", ".bin"))]
         if not paths:
-            die(f"no {split} shards (*{split}*.npy or .bin) in {folder}: write them with `python fineweb.py data={folder}`")
+            die(f"no {split} shards (*{split}*.npy or .bin) in {folder}: write them with "
+                f"`python fineweb.py data={folder}`")
         self.shards = [open_shard(path) for path in paths]
-        self.T, self.vocab_size, self.seed, self.epoch = T, vocab_size, seed, None
-        counts = [max(0, (len(shard) - 1) // T) for shard in self.shards]  # the target of a shard's last token is in no shard
-        self.ends = np.cumsum(counts)
+        self.T, self.vocab_size, self.seed = T, vocab_size, seed
+        self.epoch = None  # the epoch whose permutation is at hand, in self.order
+        # the target of a shard's last token is in no shard
+        n_seqs = [max(0, (len(shard) - 1) // T) for shard in self.shards]
+        self.ends = np.cumsum(n_seqs)
         self.n_seq = int(self.ends[-1])
         if self.n_seq == 0:
-            die(f"the {split} shards in {folder} hold less than one sequence of block_size={T} tokens")
+            die(f"the {split} shards in {folder} are shorter than block_size={T}")
 
     def sequences(self, numbers):
-        """numbers: positions in the endless stream of epochs. Returns (n, T+1) token ids."""
+        """Numbers in the stream -> token ids (n, T+1)."""
         rows = np.empty((len(numbers), self.T + 1), dtype=np.int64)
         for row, number in zip(rows, numbers):
             epoch, i = divmod(int(number), self.n_seq)
-            if self.seed is not None:  # None: in the order of the text, for validation
+            if self.seed is not None:
                 if epoch != self.epoch:
-                    self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.n_seq)
+                    rng = np.random.default_rng((self.seed, epoch))
+                    self.epoch, self.order = epoch, rng.permutation(self.n_seq)
                 i = int(self.order[i])
             shard = int(np.searchsorted(self.ends, i, side="right"))
-            start = (i - (int(self.ends[shard - 1]) if shard else 0)) * self.T
+            first = int(self.ends[shard - 1]) if shard else 0  # number of the shard's sequence 0
+            start = (i - first) * self.T
             row[:] = self.shards[shard][start:start + self.T + 1]
         if rows.max() >= self.vocab_size:
-            die(f"the shards hold token id {rows.max()}, the model's last is {self.vocab_size - 1}: they come from another tokenizer")
+            die(f"the shards hold token id {rows.max()}, and the model has {self.vocab_size} "
+                "tokens: they come from another tokenizer")
         return torch.from_numpy(rows)
 
-    def batches(self, wanted, device):
-        """Yields `sequences(numbers)`, on the device, for each of `wanted`. While one is computed with, the next is read and pinned."""
+    def batches(self, all_numbers, device):
+        """
+        Yields `sequences(numbers)` on the device for each of all_numbers. While the caller
+        computes with one, a thread reads the next.
+        """
+        cuda = "cuda" in device
+
         def read(numbers):
             rows = self.sequences(numbers)
-            return rows.pin_memory() if "cuda" in device else rows  # what is pinned travels while the CPU goes on
+            # from pinned memory, rows travel to the GPU while the CPU goes on
+            return rows.pin_memory() if cuda else rows
 
         with ThreadPoolExecutor(1) as reader:
-            wanted = iter(wanted)
-            coming = [reader.submit(read, numbers) for numbers in islice(wanted, 1)]
-            while coming:
-                rows = coming.pop().result()
-                coming += [reader.submit(read, numbers) for numbers in islice(wanted, 1)]
-                yield rows.to(device, non_blocking="cuda" in device)
+            following = None
+            for numbers in all_numbers:
+                current, following = following, reader.submit(read, numbers)
+                if current:
+                    yield current.result().to(device, non_blocking=cuda)
+            if following:
+                yield following.result().to(device, non_blocking=cuda)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what every training loop needs
+# --------------------------------------------------------------------------------------------------
+# processes
 
 
 class Process(NamedTuple):
-    """Where this process stands among those that train together, and how it computes."""
+    """Which of the processes that train together this is, and how it computes."""
     rank: int
     world_size: int
     device: str
@@ -497,7 +713,7 @@ class Process(NamedTuple):
 
 
 def has_bfloat16(device):
-    """Whether the hardware multiplies bfloat16; what lacks it emulates it, up to 80 times slower."""
+    """Whether the hardware multiplies bfloat16. Emulation is up to 80 times slower."""
     if "cuda" in device:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
@@ -522,33 +738,53 @@ def setup(device, dtype):
     if not present.get(device_type):
         here = [name for name in present if present[name]]
         die(f"device={device}: this machine has {', '.join(here)}")
+    cuda = device_type == "cuda"
     if device == "cuda" and world_size > 1:
         device = f"cuda:{local_rank}"
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     if dtype is None:
-        dtype = "bfloat16" if device_type == "cuda" and has_bfloat16(device) else "float32"
-    if dtype == "bfloat16" and device_type != "mps" and not has_bfloat16(device) and rank == 0:
-        print(f"dtype=bfloat16: this {device_type} only emulates it; dtype=float32 is far faster here")
+        dtype = "bfloat16" if cuda and has_bfloat16(device) else "float32"
+        if cuda and dtype == "float32" and rank == 0:
+            print("this GPU has no bfloat16: matmuls run in float32")
+    elif dtype == "bfloat16" and device_type != "mps" and not has_bfloat16(device) and rank == 0:
+        print(f"dtype=bfloat16: this {device_type} only emulates it; float32 is far faster here")
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
-    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        # an hour, as the others wait while one process downloads a model
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),
+                                device_id=torch.device(device) if cuda else None)
+        sys.excepthook = report_lost_process
+    torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return Process(rank, world_size, device, getattr(torch, dtype))
+
+
+def report_lost_process(kind, problem, trace):
+    """The excepthook under torchrun: if another process died, that is all that needs to be said."""
+    text = str(problem)
+    if issubclass(kind, RuntimeError) and ("gloo" in text or "NCCL" in text):
+        print(f"\nerror: process {os.environ['RANK']} lost another process of this run "
+              f"({text.splitlines()[0]}). Look for its message above; then go on from the last "
+              "checkpoint with init_from=resume", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, problem, trace)
 
 
 @contextmanager
 def local_main_process_first(process):
-    """What is done inside, one process of each machine does before the others: they find its downloads finished."""
-    others = int(os.environ.get("LOCAL_RANK", 0)) > 0
-    if others:
+    """
+    The first process of each machine runs the block alone, then the others run it. They find what
+    it has downloaded.
+    """
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not is_first:
         dist.barrier()
     yield
-    if process.world_size > 1 and not others:
+    if process.world_size > 1 and is_first:
         dist.barrier()
 
 
 def finish(process):
-    """The end of a run of several processes: rank 0 may still be writing, and who leaves early takes the others down."""
+    """Ends the script, all processes together: rank 0 may still be writing."""
     if process.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -562,6 +798,46 @@ def all_reduce_sum(process, *numbers):
     total = torch.tensor(numbers, dtype=torch.float64, device=process.device)
     dist.all_reduce(total)  # gloo has no AVG
     return total.tolist()
+
+
+def my_sequences(steps, grad_accum_steps, B, process):
+    """
+    This process's part of the global batch of each step: B numbers for `Loader.sequences` for every
+    micro-batch. All processes together take the same numbers, however many they are.
+    """
+    for step in steps:
+        for micro in range(grad_accum_steps):
+            first = (step * grad_accum_steps + micro) * process.world_size * B
+            first += process.rank * B
+            yield range(first, first + B)
+
+
+# --------------------------------------------------------------------------------------------------
+# torch.compile, for each block by itself: all blocks share one compiled program, which is ready
+# after seconds, where the whole model takes a minute. The loss in chunks stays outside: in one
+# graph, all its chunks would be unrolled, and the logits of all of them kept.
+
+
+def should_compile(compile, process):
+    """The setting `compile`; None means: on CUDA, if Triton, the compiler for GPUs, is there."""
+    if compile is not None or "cuda" not in process.device:
+        return bool(compile)
+    from torch.utils._triton import has_triton
+    if not has_triton() and process.rank == 0:
+        print("training is not compiled: this installation or this GPU has no Triton")
+    return has_triton()
+
+
+def uncompiled(compiled):
+    """
+    `with uncompiled(compiled):` runs compiled blocks as plain PyTorch. Evaluation and samples have
+    inputs of many shapes, and each would be compiled anew.
+    """
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+# --------------------------------------------------------------------------------------------------
+# optimizers
 
 
 def orthogonalize(matrices, dtype):
@@ -601,7 +877,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum, same_shape = group["lr"], group["momentum"], {}
+            lr, momentum = group["lr"], group["momentum"]
+            same_shape = {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -613,13 +890,15 @@ class Muon(torch.optim.Optimizer):
                 same_shape.setdefault(p.shape, []).append((p, update))
             for (n_out, n_in), pairs in same_shape.items():
                 params, updates = zip(*pairs)
-                device = updates[0].device
-                dtype = torch.bfloat16 if has_bfloat16(str(device)) else torch.float32
+                fast = has_bfloat16(str(params[0].device))
+                dtype = torch.bfloat16 if fast else torch.float32
                 directions = orthogonalize(torch.stack(updates), dtype).to(params[0].dtype)
-                rms = 0.2 * max(n_out, n_in) ** 0.5  # an orthogonal matrix's entries are this small
+                # An orthogonal matrix has entries of size 1 / sqrt(longer side), AdamW's steps
+                # have entries of about 0.2.
+                scale = 0.2 * max(n_out, n_in) ** 0.5
                 for p, direction in zip(params, directions):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.sub_(direction, alpha=lr * rms)
+                    p.sub_(direction, alpha=lr * scale)
 
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95)):
@@ -647,14 +926,16 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95))
 
 
 def resume_optimizers(optimizers, checkpoint, path):
+    """Loads the optimizers' averages from a checkpoint. The weight decay asked for stays."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            asked = [group["weight_decay"] for group in optimizer.param_groups]  # load_state_dict would bring back the old one
+            weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state)
-            for group, weight_decay in zip(optimizer.param_groups, asked):
+            for group, weight_decay in zip(optimizer.param_groups, weight_decays):
                 group["weight_decay"] = weight_decay
     except (ValueError, KeyError):
-        die(f"{path} was written with other optimizer settings (optimizer={checkpoint['settings']['optimizer']}): resume with the same")
+        die(f"{path} was written with other optimizer settings "
+            f"(optimizer={checkpoint['settings']['optimizer']}): resume with the same")
 
 
 def optimizer_step(model, optimizers, lr, grad_clip, step):
@@ -668,7 +949,7 @@ def optimizer_step(model, optimizers, lr, grad_clip, step):
     check_finite(step, norm, "the norm of the gradient")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return norm
@@ -676,24 +957,36 @@ def optimizer_step(model, optimizers, lr, grad_clip, step):
 
 def check_finite(step, value, what):
     if not math.isfinite(value):
-        die(f"step {step}: {what} is {value}. Nothing was changed or saved: the checkpoint on disk is "
-            "the last good one. Lower learning_rate=, or look for broken data")
+        die(f"step {step}: {what} is {value}. Nothing was saved: the checkpoint on disk is the "
+            "last good one. Lower learning_rate=, or look for broken data")
 
 
 def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosine"):
     """
-    Linear warm-up to learning_rate, then down to min_lr: half a cosine, or "wsd" (warm-up, stable, decay; Hu et al. 2024,
-    https://arxiv.org/abs/2404.06395), which needs to know the end only when it begins to fall: until then a run can be made longer.
+    The learning rate of a step. It rises to learning_rate in a straight line, then falls to min_lr:
+    as half a cosine; or, "wsd" (warmup, stable, decay; Hu et al. 2024,
+    https://arxiv.org/abs/2404.06395), in a straight line over the last fifth. Before that fifth,
+    max_steps can still be raised.
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-    falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else min(1.0, (1 - progress) / 0.2)
-    return min_lr + falling * (learning_rate - min_lr)
+    if schedule == "cosine":
+        coeff = 0.5 * (1 + math.cos(math.pi * progress))  # 1 to 0
+    else:
+        coeff = min(1.0, (1 - progress) / 0.2)
+    return min_lr + coeff * (learning_rate - min_lr)
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def stop_signals():
-    """A list that gets an entry when Ctrl-C or SIGTERM asks to stop: the loop then saves and leaves. Asked again, the process dies."""
+    """
+    A list that Ctrl-C and SIGTERM add to: the loop then saves and ends. A second signal ends the
+    process at once.
+    """
     asked = []
 
     def ask(number, frame):
@@ -706,95 +999,116 @@ def stop_signals():
     return asked
 
 
-def keep_as(path, other):
-    """Gives a file a second name: a hard link, which costs nothing, or a copy where the file system has none."""
-    if os.path.exists(other) and os.path.samefile(path, other):
-        return
-    with suppress(FileNotFoundError):
-        os.remove(other + ".tmp")
-    try:
-        os.link(path, other + ".tmp")
-    except OSError:
-        shutil.copyfile(path, other + ".tmp")
-    os.replace(other + ".tmp", other)
-
-
-def previous(path):
-    return path.removesuffix(".pt") + "_previous.pt"
-
-
 def save_checkpoint(path, checkpoint):
-    """Writes the dict to `path`, whole or not at all; what was there before stays as {path}_previous.pt."""
-    if os.path.exists(path):
-        keep_as(path, previous(path))
+    """Writes the dict to `path`, whole or not at all."""
     save_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, device="cpu"):
-    """A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author."""
-    instead = "take another one or start from scratch"
-    if os.path.exists(previous(path)):
-        instead = f"rename the one before it, {previous(path)}, and go on with that"
-    if not os.path.exists(path):
-        die(f"no checkpoint at {path}: {instead}")
+def save_run(folder, checkpoint, is_best):
+    """
+    Writes folder/ckpt.pt and, if it is the best so far, folder/best.pt: two names of one file where
+    the file system has hard links. best.pt comes first: a run that is killed between the two
+    resumes from the older ckpt.pt, and finds the same best again.
+    """
+    last, best = os.path.join(folder, "ckpt.pt"), os.path.join(folder, "best.pt")
+    if not is_best:
+        save_checkpoint(last, checkpoint)
+        return
+    save_checkpoint(best, checkpoint)
+    with suppress(FileNotFoundError):
+        os.remove(last + ".tmp")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        os.link(best, last + ".tmp")
+    except OSError:
+        shutil.copyfile(best, last + ".tmp")
+    os.replace(last + ".tmp", last)
+
+
+def load_checkpoint(path, mmap=None):
+    """
+    A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author.
+    mmap=True reads tensors only when they are used.
+    """
+    if not os.path.exists(path):
+        die(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as problem:  # zip, pickle and torch each have their own way to say it
-        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__}): {instead}")
+        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__})")
 
 
 def warn_changed(settings, checkpoint, names):
     """Prints which of these settings are not what they were when the checkpoint was written."""
     was = checkpoint["settings"]
-    changed = [f"{name}={settings[name]} (was {was[name]})" for name in names.split() if name in was and was[name] != settings[name]]
+    changed = [f"{name}={settings[name]} (was {was[name]})" for name in names.split()
+               if name in was and was[name] != settings[name]]
     if changed:
-        print("changed since the checkpoint, so that the run will not be what it would have been:", ", ".join(changed), flush=True)
+        print("changed since the checkpoint, so that the run will not be what it would have been:",
+              ", ".join(changed), flush=True)
 
 
-def load_weights(model, state, path):
-    """load_state_dict with one line for what does not fit."""
-    own, given = ({key: tuple(w.shape) for key, w in weights.items()} for weights in (model.state_dict(), state))
-    wrong = [f"{key}: {given.get(key, 'absent')}, not {own.get(key, 'wanted')}" for key in own | given if own.get(key) != given.get(key)]
-    if wrong:
-        die(f"{path} is of another shape than this model, {len(wrong)} of {len(own)} tensors, such as {wrong[0]}")
-    model.load_state_dict(state)
+# --------------------------------------------------------------------------------------------------
+# log and plots
 
 
 class Log:
-    """out_dir/log.csv: a row a step; a resumed run first drops the rows from its first step on."""
+    """
+    out_dir/log.csv: a row a step. A run that resumes at step `start` first drops the rows from
+    there on. wandb: mirrors the rows to a run of start_wandb.
+    """
 
-    def __init__(self, path, columns, start):
-        self.path, self.columns = path, columns
+    def __init__(self, path, columns, start, wandb=None):
+        self.path, self.columns, self.wandb = path, columns, wandb
         self.rows = [row for row in read_log(path) if row["step"] < start] if start else []
         text = io.StringIO(newline="")
-        csv.DictWriter(text, columns).writeheader()
-        csv.DictWriter(text, columns).writerows(self.rows)
+        self.writer(text).writeheader()
+        self.writer(text).writerows(self.rows)
         save_atomically(path, lambda f: f.write(text.getvalue().encode()))
+
+    def writer(self, file):
+        return csv.DictWriter(file, self.columns, extrasaction="ignore")
 
     def add(self, **row):
         self.rows.append(row)
         try:
             with open(self.path, "a", newline="") as f:
-                csv.DictWriter(f, self.columns).writerow(row)
+                self.writer(f).writerow(row)
         except OSError as problem:
-            die(f"{self.path} could not be written ({problem}): make room on the disk and go on with init_from=resume")
+            die(f"{self.path} could not be written ({problem}): make room on the disk and go on "
+                "with init_from=resume")
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
 
 def read_log(path):
+    """The rows of a log.csv, as {column: number, or None where it is empty}."""
     if not os.path.exists(path):
         return []
-    with open(path, newline="") as f:
-        whole = [row for row in csv.DictReader(f) if None not in row.values()]  # a killed process may leave half a line
-    return [{k: None if v == "" else int(v) if k == "step" else float(v) for k, v in row.items()} for row in whole]
+    rows = []
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        for texts in csv.DictReader(f):
+            # a killed process may leave half a line
+            if None in texts.values():
+                continue
+            try:
+                row = {k: float(text) if text else None for k, text in texts.items()}
+                rows.append(row | {"step": int(texts["step"])})
+            except (ValueError, KeyError, TypeError):
+                die(f"{path} was changed: {texts} is no line of a log. Take the file away")
+    return rows
 
 
 def start_wandb(config):
-    """Weights & Biases, with a run of this name begun."""
+    """Weights & Biases, with a run of this name begun. Without a terminal it never asks."""
     try:
         import wandb
     except ImportError:
         die("wandb_log=True needs the library: pip install wandb")
-    wandb.init(project="nanocaption", name=os.path.basename(config["out_dir"]), config=config)
+    try:
+        name = os.path.basename(config["out_dir"])
+        wandb.init(project="nanocaption", name=name, config=config)
+    except wandb.errors.Error as problem:
+        die(f"wandb_log=True: {problem}")
     return wandb
 
 
@@ -817,7 +1131,8 @@ def plot(path, panels, xlabel="step"):
     plt = pyplot()
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False,
+                             layout="constrained")
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
     for ax, (title, curves) in zip(axes.flat, panels.items()):
@@ -832,41 +1147,126 @@ def plot(path, panels, xlabel="step"):
     plt.close(fig)
 
 
+def draw_curves(path, rows, openai):
+    """Loss, learning rate and HellaSwag; openai: with the results of OpenAI's GPT-2 124M."""
+    last = rows[-1]["step"]
+    losses = {"train": curve(rows, "loss"), "validation": curve(rows, "val_loss")}
+    panels = {"loss (nats a token)": losses, "learning rate": {"lr": curve(rows, "lr")}}
+    if openai:
+        # build-nanogpt's figure, for its validation shard
+        losses["OpenAI GPT-2 124M"] = [0, last], [3.2924] * 2
+    if curve(rows, "acc")[0]:
+        panels["HellaSwag"] = {
+            "acc": curve(rows, "acc"), "acc_norm": curve(rows, "acc_norm"),
+            "OpenAI GPT-2 124M, acc_norm": ([0, last], [0.2955] * 2)}
+    plot(path, panels)
+
+
+@contextmanager
+def going_on(what):
+    """Samples and plots are no reason to end a run: what fails inside is said, and it goes on."""
+    try:
+        yield
+    except Exception as problem:
+        print(f"{what} could not be written ({type(problem).__name__}: {problem}): the run goes on",
+              flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# what is done with the model
+
+
+def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, seed, device):
+    """n continuations of a text, as strings. The text opens a document, as in training."""
+    idx = [encoding.eot_token] + encoding.encode_ordinary(text)
+    # a text that is too long loses its beginning
+    block_size = model.config.block_size
+    idx = idx[-max(block_size // 2, block_size - max_new_tokens):]
+    max_new_tokens = min(max_new_tokens, block_size - len(idx))
+    rows = model.generate(torch.tensor([idx] * n, device=device), max_new_tokens, temperature,
+                          top_k, encoding.eot_token, seed, encoding.n_vocab)
+    return [encoding.decode([token for token in row if token != encoding.eot_token])
+            for row in rows.tolist()]
+
+
 @torch.no_grad()
 def evaluate(model, loader, batch_size, n_tokens, process):
-    """Mean loss over the first n_tokens of the split, shared out over the processes."""
-    loss, n, end = 0.0, 0, min(loader.n_seq, max(1, n_tokens // loader.T))
+    """
+    The mean loss over the first n_tokens of the split, in whole sequences, at least one; and the
+    number of these tokens. The processes share the work.
+    """
+    loss, n = 0.0, 0
+    end = min(loader.n_seq, max(1, n_tokens // loader.T))
     starts = range(process.rank * batch_size, end, process.world_size * batch_size)
-    for rows in loader.batches((range(start, min(start + batch_size, end)) for start in starts), process.device):  # (B, T+1)
+    numbers = (range(start, min(start + batch_size, end)) for start in starts)
+    for rows in loader.batches(numbers, process.device):  # (B, T+1)
         with process.autocast():
             loss += model(rows[:, :-1], rows[:, 1:]).item() * len(rows)
         n += len(rows)
     loss, n = all_reduce_sum(process, loss, n)
-    return loss / n
+    return loss / n, int(n) * loader.T
 
 
-def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, seed, device):
-    """n continuations of a text, as strings; the text opens a document, as in training."""
-    idx = [encoding.eot_token] + encoding.encode_ordinary(text)
-    room = model.config.block_size
-    idx = idx[-max(room // 2, room - max_new_tokens):]  # a text too long loses its beginning
-    max_new_tokens = min(max_new_tokens, room - len(idx))
-    rows = model.generate(torch.tensor([idx] * n, device=device), max_new_tokens, temperature, top_k, encoding.eot_token, seed)
-    return [encoding.decode([token for token in row if token != encoding.eot_token]) for row in rows.tolist()]
+def write_samples(folder, step, model, encoding, **sampling):
+    """Appends four samples of this step to folder/samples.txt."""
+    # a learned vocabulary may have no words for GPT-2's opening
+    opening = "Hello, I'm a language model," if encoding.name == "gpt2" else ""
+    texts = continue_text(model, encoding, opening, 4, 32, **sampling)
+    path = os.path.join(folder, "samples.txt")
+    with open(path, "a" if step else "w", encoding="utf-8", errors="replace") as f:
+        f.writelines(f"step {step} > {text}\n" for text in texts)
 
 
-def train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, process, step=0):
-    """One step on `accumulate` micro-batches (B, T+1). Returns this process's mean loss, and the norm of the gradient."""
+def load_hellaswag(n, path, encoding, model, process, eval_only):
+    """The first n questions. None: all, if the model has GPT-2's tokens and there is time."""
+    if n is None and (encoding.name != "gpt2" or not (eval_only or "cuda" in process.device)):
+        n = 0
+    if n == 0:
+        return []
+    with local_main_process_first(process):
+        questions = hellaswag.load_questions(path, encoding, model.config.block_size)[:n]
+    if not questions:
+        die(f"{path} holds no question: hellaswag_questions=0 does without")
+    return questions
+
+
+def ask_hellaswag(model, questions, process):
+    """(acc, acc_norm) on the questions."""
+    with process.autocast():
+        return hellaswag.evaluate(model, questions, model.prefill, process.device)
+
+
+def count_micro_batches(tokens_per_step, B, T, world_size):
+    """How many micro-batches (B, T) each process works through in one step."""
+    unit = B * T * world_size
+    if tokens_per_step % unit:
+        nearest = max(1, round(tokens_per_step / unit)) * unit
+        die(f"total_batch_size={tokens_per_step} is not a multiple of batch_size x block_size x "
+            f"processes = {B} x {T} x {world_size}; the nearest is total_batch_size={nearest}")
+    return tokens_per_step // unit
+
+
+def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad_clip, process,
+               step=0):
+    """
+    One step on grad_accum_steps micro-batches (B, T+1). `model` is raw_model, or DDP around it.
+    Returns this process's mean loss, and the norm of the gradient.
+    """
     loss_sum = torch.zeros((), device=process.device)
-    for micro in range(accumulate):
+    for micro in range(grad_accum_steps):
         rows = next(batches)
-        if process.world_size > 1:  # gradients are averaged over the processes once a step; the flag must be set before the forward pass
-            step_model.require_backward_grad_sync = micro == accumulate - 1
+        if process.world_size > 1:
+            # DDP averages the gradients over the processes in each backward pass. That is needed
+            # only in the last one of a step, and this flag switches it. The official way, the
+            # context manager model.no_sync(), would need the body of this loop twice. DDP reads
+            # the flag in the forward pass.
+            model.require_backward_grad_sync = micro == grad_accum_steps - 1
         with process.autocast():
-            loss = step_model(rows[:, :-1], rows[:, 1:]) / accumulate  # gradients add up, so each part counts as its share
+            # gradients add up over the micro-batches: divided, they become those of the mean
+            loss = model(rows[:, :-1], rows[:, 1:]) / grad_accum_steps
         loss.backward()
         loss_sum += loss.detach()
-    return loss_sum, optimizer_step(model, optimizers, lr, grad_clip, step)
+    return loss_sum, optimizer_step(raw_model, optimizers, lr, grad_clip, step)
 
 
 def peak_rss():
@@ -875,178 +1275,259 @@ def peak_rss():
         import resource
     except ImportError:
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-# bfloat16 FLOPs a second, dense, of the vendors' data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
-              "L4": 121e12,
-"4090": 165e12, "3090": 71e12}
+def peak_memory(device):
+    """The most memory so far, in bytes: of the GPU, or of this process."""
+    return torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
 
 
-def flops_share(model, T, tokens_per_second, world_size=1):
-    """Model FLOPs utilisation (Chowdhery et al. 2022, appendix B), as text for the log; empty where the peak is not known."""
+# Dense bfloat16 FLOPs a second, from the vendors' data sheets. The first name that is a part of
+# the GPU's own counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
+    "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+    "L4": 121e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(gpu):
+    for name, flops in PEAK_FLOPS.items():
+        if name in gpu and "Laptop" not in gpu:
+            return flops
+    return math.nan
+
+
+def mfu(model, T, tokens_per_second, world_size=1):
+    """
+    Model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B),
+    the part of the GPUs' peak that the matmuls use; nan where the peak is not known.
+    """
+    on_gpu = next(model.parameters()).is_cuda
+    peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else math.nan
     c = model.config
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() and next(model.parameters()).is_cuda else ""
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-    n_matmul = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()  # wte counts: it is the head
-    per_token = 6 * n_matmul + 12 * c.n_layer * c.n_embd * T  # forward 2, backward 4; attention's two matmuls beside
-    return f" | MFU {tokens_per_second * per_token / (peak * world_size):.1%}" if peak else ""
+    # each weight of a matmul takes 2 FLOPs forward and 4 backward; wte counts, as the head
+    n_matmul = sum(p.numel() for p in model.parameters()) - model.transformer.wpe.weight.numel()
+    per_token = 6 * n_matmul + 12 * c.n_layer * c.n_embd * T  # the second term is attention's
+    return tokens_per_second * per_token / (peak * world_size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def print_start(model, n_tokens, config, shape, compiled, process):
+    """The first lines of a run: what a wrong set-up would show before a day is lost."""
+    n_params = sum(p.numel() for p in model.parameters())
+    tokens_per_step, max_steps = config["total_batch_size"], config["max_steps"]
+    gpu = f" ({torch.cuda.get_device_name()})" if "cuda" in process.device else ""
+    print(f"{n_params:,} parameters | {n_tokens:,} training tokens, {tokens_per_step:,} a step = "
+          f"{max_steps * tokens_per_step / n_tokens:.1f} epochs | {process.world_size} process(es) "
+          f"x {shape} on {process.device}{gpu}, {str(process.dtype).removeprefix('torch.')}, "
+          f"{'compiled' if compiled else 'not compiled'}", flush=True)
+    if config["warmup_steps"] >= max_steps:
+        print(f"warmup_steps={config['warmup_steps']}: in a run of max_steps={max_steps} the "
+              "learning rate only rises")
+
+
+def print_validation(row, max_steps):
+    scores = ""
+    if "acc" in row:
+        scores = f" | HellaSwag {row['acc']:.4f}, per token {row['acc_norm']:.4f}"
+    print(f"step {row['step']:5d}/{max_steps} | validation loss {row['val_loss']:.4f}{scores}",
+          flush=True)
+
+
+def print_step(row, max_steps, speed, used, seconds_left):
+    """The line of a step: loss, norm of the gradient, learning rate, time, tokens a second."""
+    print(f"step {row['step']:5d}/{max_steps} | loss {row['loss']:.4f} | norm {row['norm']:.2f} | "
+          f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {speed:,.0f} tok/s | "
+          + (f"MFU {used:.1%} | " if used > 0 else "") + f"{seconds_left / 60:.1f} min left",
+          flush=True)
+
+
+def starting_point(init_from, out_dir, training, rank):
+    """What to load: "scratch", or a name for load_model. A run is never trained over."""
+    path = os.path.join(out_dir, "ckpt.pt")
+    has_run = os.path.exists(path)
+    if training and has_run and init_from != "resume":
+        die(f"{out_dir} holds a run: init_from=resume goes on with it, another out_dir= keeps it")
+    if init_from != "resume":
+        return init_from
+    if training and not has_run:
+        if rank == 0:
+            print(f"{out_dir} holds no checkpoint yet: starting at step 0")
+        return "scratch"
+    return path
+
+
+def preset(typed):
+    """
+    Whoever asks for samples, an evaluation or an export means the trained run in out_dir. A resumed
+    run has the settings of its checkpoint. What is typed goes before both.
+    """
+    settings = {}
+    if typed.get("prompt") or typed.get("export") or typed.get("eval_only"):
+        settings["init_from"] = "resume"
+    path = os.path.join(typed.get("out_dir", out_dir), "ckpt.pt")
+    if (settings | typed).get("init_from") == "resume" and os.path.exists(path):
+        checkpoint = load_checkpoint(path, mmap=True)
+        was, sizes = checkpoint.get("settings", {}), checkpoint.get("model_config", {})
+        names = f"{CURVE_SETTINGS} {OTHER_SETTINGS}".split()
+        settings |= {name: was[name] for name in names if name in was}
+        for name in SIZES:
+            settings[name] = sizes.get(name)
+            if typed.get(name, sizes.get(name)) != sizes.get(name):
+                die(f"{path} has {name}={sizes.get(name)} and keeps it: leave {name}= out")
+    return settings
+
+
+# --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    config = configure(globals())
-    if prompt is not None and init_from == "scratch":
-        init_from = "resume"  # who asks for samples means the trained model
-    if schedule not in ("cosine", "wsd"):
-        die(f"schedule={schedule}: cosine or wsd")
+    config = configure(globals(), preset)
     process = setup(device, dtype)
     rank, world_size, device, _ = process
     torch.manual_seed(seed)
     if rank == 0:
         print_settings(config)
 
-    # The model: fresh, continued, or somebody's. The tokenizer travels in the checkpoint, as "gpt2" or as its merges.
-    tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
-    of_shards = open(tokenizer_file).read() if os.path.exists(tokenizer_file) else "gpt2"
-    source = os.path.join(out_dir, "ckpt.pt") if init_from == "resume" else init_from
-    will_train = not (prompt is not None or export or eval_only)
-    if init_from == "resume" and will_train and not os.path.exists(source) and not os.path.exists(previous(source)):
-        source = "scratch"  # a run that was killed before its first checkpoint
-        if rank == 0:
-            print(f"{out_dir} holds no checkpoint yet: starting at step 0")
-    checkpoint, step, best, tokenizer = None, 0, math.inf, "gpt2"
+    # ---- the model: new, this run's own, or another one
+    source = starting_point(init_from, out_dir, not (prompt or export or eval_only), rank)
+    shard_tokenizer = read_shard_tokenizer(data)
     if source == "scratch":
-        tokenizer = of_shards
-        model = GPT(GPTConfig(block_size, get_tokenizer(tokenizer).n_vocab if tokenizer != "gpt2" else 50257, n_layer, n_head, n_embd))
+        if n_embd % n_head:
+            die(f"n_embd={n_embd} cannot be divided among n_head={n_head} heads")
+        tokenizer, checkpoint = shard_tokenizer, None
+        raw_model = GPT(GPTConfig(block_size, vocab_size_of(tokenizer), n_layer, n_head, n_embd))
     else:
         with local_main_process_first(process):
-            model = GPT.from_pretrained(source)
-        if source.endswith(".pt"):
-            checkpoint = load_checkpoint(source)
-            tokenizer = checkpoint["tokenizer"]
-        if init_from != "resume":
-            checkpoint = None  # a new run, from these weights
-    model.to(device)
-    B, T = batch_size, min(block_size, model.config.block_size)
+            raw_model, tokenizer, checkpoint = load_model(source)
+        config |= {name: getattr(raw_model.config, name) for name in SIZES}
+        if vocab_size_of(tokenizer) > raw_model.config.vocab_size:
+            die(f"{source} has fewer tokens than its tokenizer: it needs a vocab.json and a "
+                "merges.txt of its own")
+    raw_model.to(device)
+    B, T = batch_size, min(block_size, raw_model.config.block_size)
     if T < block_size and rank == 0:
-        print(f"{source} has positions for {T} tokens only: sequences are {T} long, not {block_size}")
+        print(f"{source} has positions for {T} tokens: sequences are {T} long, not {block_size}")
 
-    if prompt is not None:
-        for text in continue_text(model, get_tokenizer(tokenizer), str(prompt), 4, max_new_tokens, temperature, top_k, seed, device):
+    # ---- only samples, or an export
+    sampling = dict(temperature=temperature, top_k=top_k, seed=seed, device=device)
+    if prompt and rank == 0:
+        for text in continue_text(raw_model, get_tokenizer(tokenizer), prompt, 4, max_new_tokens,
+                                  **sampling):
             print(">", text)
-        sys.exit(0)
-    if export:
-        model.save_pretrained(export, get_tokenizer(tokenizer))
+    if export and rank == 0:
+        raw_model.save_pretrained(export, get_tokenizer(tokenizer))
         print(f"written: {export}/{{config.json,model.safetensors,vocab.json,merges.txt}}")
-        sys.exit(0)
-
-    # Evaluation: the loss on the validation shard, and HellaSwag
-    val = Loader(data, "val", T, model.config.vocab_size)
-    if tokenizer != of_shards:
-        die(f"the shards in {data} were written with another tokenizer than {source} was trained with")
-    questions = []
-    if exam or (exam is None and tokenizer == "gpt2" and ("cuda" in device or eval_only)):
-        with local_main_process_first(process):
-            questions = hellaswag.load_questions(exam_file, get_tokenizer(tokenizer), model.config.block_size)[:exam]
-    if eval_only:
-        loss = evaluate(model, val, B, eval_tokens, process)
-        with process.autocast():
-            acc, acc_norm = hellaswag.evaluate(model, questions, model.prefill, device) if questions else (math.nan, math.nan)
-        if rank == 0:
-            print(f"{init_from}: validation loss {loss:.4f} over {min(eval_tokens, val.n_seq * T):,} tokens")
-            if questions:
-                print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}   "
-                      "(published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
+    if prompt or export:
         finish(process)
 
-    # Training. `step_model` is what trains; `model`, the same weights uncompiled, is what evaluates, samples and is saved
-    if total_batch_size % (B * T * world_size):
-        die(f"total_batch_size={total_batch_size} is not a multiple of batch_size x block_size x processes = {B} x {T} x {world_size}")
-    accumulate = total_batch_size // (B * T * world_size)  # micro-batches a process works through in one step
-    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay)
-    step_model = torch.compile(model) if (compile if compile is not None else "cuda" in device) else model
-    if world_size > 1:
-        step_model = DistributedDataParallel(step_model, device_ids=[device] if "cuda" in device else None)
-    if checkpoint:
+    # ---- the validation split and HellaSwag; an evaluation alone
+    val = Loader(data, "val", T, raw_model.config.vocab_size)
+    if not same_tokenizer(tokenizer, shard_tokenizer):
+        die(f"the shards in {data} were written with another tokenizer than {source} has")
+    encoding = get_tokenizer(tokenizer)
+    if eval_only:
+        # the loss comes first, as the questions may have to be downloaded
+        loss, n_tokens = evaluate(raw_model, val, B, eval_tokens, process)
+        if rank == 0:
+            print(f"{init_from}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
+    questions = load_hellaswag(hellaswag_questions, hellaswag_file, encoding, raw_model, process,
+                               eval_only)
+    if eval_only:
+        if questions:
+            acc, acc_norm = ask_hellaswag(raw_model, questions, process)
+        if questions and rank == 0:
+            print(f"HellaSwag, {len(questions):,} questions: acc {acc:.4f}, acc_norm {acc_norm:.4f}"
+                  "   (published: gpt2 0.2859, 0.2955; gpt2-xl 0.3842, 0.4893)")
+        finish(process)
+
+    # ---- the training run
+    grad_accum_steps = count_micro_batches(total_batch_size, B, T, world_size)
+    train = Loader(data, "train", T, raw_model.config.vocab_size, seed)
+    optimizers = make_optimizers(raw_model, optimizer, learning_rate, weight_decay)
+    step, best = 0, math.inf
+    if init_from == "resume" and checkpoint:
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
         if rank == 0:
-            warn_changed(config, checkpoint, "data block_size total_batch_size optimizer learning_rate min_lr warmup_steps max_steps "
-                                             "schedule weight_decay grad_clip seed dtype")
-        checkpoint = None  # all of it is in use by now: a second copy would only take memory
+            warn_changed(config, checkpoint, CURVE_SETTINGS)
+    first_step = step
+    checkpoint = None  # all of it is in use by now: a second copy would only take memory
     if all_reduce_sum(process, step)[0] != step * world_size:
-        die(f"not every process found the same {source}: out_dir= must be a folder that all machines share")
-    train = Loader(data, "train", T, model.config.vocab_size, seed)
+        die(f"not every process found the same {source}: out_dir= must be a folder that all "
+            "machines share")
+    compiled = should_compile(compile, process)
+    if compiled:
+        for block in raw_model.transformer.h:
+            block.compile()
+    # `model` trains. raw_model has the same weights, and is what evaluates, samples and is saved.
+    model = raw_model
+    if world_size > 1:
+        # as views of DDP's buckets, gradients need no second copy
+        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
+                                        device_ids=[device] if "cuda" in device else None)
     if rank == 0:
-        os.makedirs(out_dir, exist_ok=True)
-        n_params, n_tokens = sum(p.numel() for p in model.parameters()), train.n_seq * T
-        print(f"{n_params:,} parameters | {n_tokens:,} training tokens, {total_batch_size:,} a step = {max_steps * total_batch_size / n_tokens:.1f} "
-              f"epochs | {world_size} process(es) x {accumulate} x {B} x {T} on {device}")
-        log = Log(os.path.join(out_dir, "log.csv"), ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step)
-        wandb = start_wandb(config) if wandb_log else None
+        lock_folder(out_dir)
+        log = Log(os.path.join(out_dir, "log.csv"),
+                  ["step", "loss", "val_loss", "acc", "acc_norm", "lr", "norm", "ms"], step,
+                  start_wandb(config) if wandb_log else None)
+        print_start(raw_model, train.n_seq * T, config, f"{grad_accum_steps} x {B} x {T}",
+                    compiled, process)
 
-    n_seq = total_batch_size // T  # sequences in a global batch; this process's share of every step to come, micro-batch by micro-batch:
-    firsts = (s * n_seq + (micro * world_size + rank) * B for s in range(step, max_steps) for micro in range(accumulate))
-    batches = train.batches((range(first, first + B) for first in firsts), device)
+    numbers = my_sequences(range(step, max_steps), grad_accum_steps, B, process)
+    batches = train.batches(numbers, device)
     asked_to_stop, stop = stop_signals(), 0
-    t_start, first_step = time.time(), step
+    t_start = time.time()
     while True:
+        # evaluate; then save, before anything that may fail; then sample
         row = dict(step=step)
         if (step % eval_interval == 0 or step >= max_steps) and not stop:
-            row["val_loss"] = evaluate(model, val, B, eval_tokens, process)
-            if questions:
-                with process.autocast():
-                    row["acc"], row["acc_norm"] = hellaswag.evaluate(model, questions, model.prefill, device)
-            if rank == 0:
-                print(f"step {step:5d}/{max_steps} | validation loss {row['val_loss']:.4f}"
-                      + (f" | HellaSwag {row['acc']:.4f}, per token {row['acc_norm']:.4f}" if questions else ""), flush=True)
-                opening = "Hello, I'm a language model," if tokenizer == "gpt2" else ""
-                with open(os.path.join(out_dir, "samples.txt"), "a" if step else "w", encoding="utf-8") as f:
-                    for text in continue_text(model, get_tokenizer(tokenizer), opening, 4, 32, temperature, top_k, seed, device):
-                        print(f"step {step} > {text}", file=f)
+            with uncompiled(compiled):
+                row["val_loss"], _ = evaluate(raw_model, val, B, eval_tokens, process)
+                if questions:
+                    row["acc"], row["acc_norm"] = ask_hellaswag(raw_model, questions, process)
+            check_finite(step, row["val_loss"], "the validation loss")
         if rank == 0 and step > first_step and ("val_loss" in row or stop):
-            is_best, best = row.get("val_loss", math.inf) < best, min(best, row.get("val_loss", math.inf))
-            save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
-                model=model.state_dict(), optimizers=[opt.state_dict() for opt in optimizers], step=step, best=best,
-                model_config=asdict(model.config), settings=config, tokenizer=tokenizer))
-            if is_best:
-                keep_as(os.path.join(out_dir, "ckpt.pt"), os.path.join(out_dir, "best.pt"))
+            is_best = row.get("val_loss", math.inf) < best
+            best = min(best, row.get("val_loss", math.inf))
+            save_run(out_dir, dict(
+                model=raw_model.state_dict(), step=step, best=best, settings=config,
+                optimizers=[opt.state_dict() for opt in optimizers],
+                model_config=asdict(raw_model.config), tokenizer=tokenizer), is_best)
+        if rank == 0 and "val_loss" in row:
+            print_validation(row, max_steps)
+            with going_on("samples.txt"), uncompiled(compiled):
+                write_samples(out_dir, step, raw_model, encoding, **sampling)
         if step >= max_steps or stop:
             break
 
+        # one step
         t0 = time.time()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule)
-        loss, norm = train_step(step_model, model, optimizers, batches, accumulate, lr, grad_clip, process, step)
-        loss, stop = all_reduce_sum(process, float(loss) / world_size, len(asked_to_stop))  # all processes stop after the same step
+        loss, norm = train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr,
+                                grad_clip, process, step)
+        # all processes stop after the same step
+        loss, stop = all_reduce_sum(process, float(loss) / world_size, len(asked_to_stop))
         ms = (time.time() - t0) * 1000
         if rank == 0:
             row |= dict(loss=loss, lr=lr, norm=norm, ms=ms)
             log.add(**row)
-            if wandb:
-                wandb.log(row, step=step)
             if step % log_interval == 0 or step == max_steps - 1:
-                left = (time.time() - t_start) / (step + 1 - first_step) * (max_steps - step - 1)
+                seconds_a_step = (time.time() - t_start) / (step + 1 - first_step)
                 speed = total_batch_size / ms * 1000
-                print(f"step {step:5d}/{max_steps} | loss {loss:.4f} | norm {norm:.2f} | lr {lr:.2e} | {ms:.0f} ms | "
-                      f"{speed:,.0f} tok/s{flops_share(model, T, speed, world_size)} | {left / 60:.1f} min left", flush=True)
+                print_step(row, max_steps, speed, mfu(raw_model, T, speed, world_size),
+                           seconds_a_step * (max_steps - step - 1))
+            if step == first_step:
+                print(f"memory after the first step: {peak_memory(device) / 1e9:.2f} GB at most")
         step += 1
 
+    # ---- what came of it
     if rank == 0:
         if not stop:
             log.add(**row)
-            if wandb:
-                wandb.log(row, step=step)
-        losses = {"train": curve(log.rows, "loss"), "validation": curve(log.rows, "val_loss")}
-        if tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb"):
-            losses["OpenAI GPT-2 124M"] = ([0, step], [3.2924] * 2)  # build-nanogpt's figure, for its validation shard
-        panels = {"loss (nats a token)": losses, "learning rate": {"lr": curve(log.rows, "lr")}}
-        if questions:
-            panels["HellaSwag"] = {"acc": curve(log.rows, "acc"), "acc_norm": curve(log.rows, "acc_norm"),
-                                   "OpenAI GPT-2 124M, acc_norm": ([0, step], [0.2955] * 2)}
-        plot(os.path.join(out_dir, "curves.png"), panels)
+        with going_on("curves.png"):
+            draw_curves(os.path.join(out_dir, "curves.png"), log.rows,
+                        tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb"))
         print(f"stopped at step {step}; go on with init_from=resume" if stop else
               f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
     finish(process)
