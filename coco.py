@@ -12,6 +12,7 @@ A data set is a folder laid out as COCO 2017 is:
     python coco.py data=photos                      # encodes any folder laid out like this
     python coco.py data=data/risc risc_csv=risc/captions.csv             # converts RISC, encodes it
     python coco.py data=data/ucm karpathy_json=ucm/dataset_ucm.json      # or Karpathy's format
+    python coco.py data=photos encoder=timm/tf_efficientnet_lite2       # a CNN of timm
     python coco.py karpathy_split=dataset_coco.json # COCO in the splits that papers report on
     python coco.py data=data/shapes shapes=8000 encoder=none             # draws 8,000 small scenes
     python coco.py data=data/shapes encoder=tagger  # trains a small encoder (30 s), encodes them
@@ -20,7 +21,8 @@ A data set is a folder laid out as COCO 2017 is:
 The same command run again continues what was interrupted. One GPU is enough: the CPU cores, which
 decode the images, set the pace. COCO_ENDPOINT names a mirror of images.cocodataset.org.
 
-Encoders: a ViT of open_clip (ViT-B-32: 50 tokens x 768); `tagger` (64 x 128), trained here on the
+Encoders: a ViT of open_clip (ViT-B-32: 50 tokens x 768); any model of timm, as timm/MODEL
+(timm/tf_efficientnet_lite2: 81 tokens x 1280); `tagger` (64 x 128), trained here on the
 training captions alone; `patches` (64 x 194), the raw pixels. Features that another program wrote
 are used as they are.
 """
@@ -67,8 +69,7 @@ karpathy_json: str = None   # convert a data set in Karpathy's format: its datas
 pictures: str = None        # the folder of the converted set's pictures; None = beside its file
 karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
 encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
-pretrained: str = None      # tag or local file of the weights; None = openai, or timm's default;
-                            # none = random weights, for trials
+pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
 skip_bad = False            # remove unreadable pictures from the json, instead of ending with them
 batch_size = 128            # >= 1: images
 teach_steps = 450           # >= 1: training steps of the tagger
@@ -798,8 +799,8 @@ class OpenCLIP(nn.Module):
         tags = open_clip.list_pretrained_tags_by_model(name)
         if name not in models:
             near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
-            die(f"encoder={name} is not tagger, patches, timm/MODEL or a model of open_clip, such as "
-                f"{near}")
+            die(f"encoder={name} is not tagger, patches, timm/MODEL or a model of open_clip, such "
+                f"as {near}")
         weights = None if pretrained == "none" else pretrained
         if weights is None:
             warn_random_weights(name)
@@ -869,10 +870,12 @@ class Timm(nn.Module):
         except Exception as problem:  # timm, torch and the hub raise errors of many kinds
             die(f"encoder=timm/{name} pretrained={pretrained} could not be loaded "
                 f"({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
+        if not hasattr(self.model, "forward_features"):
+            die(f"encoder=timm/{name}: this model has no forward_features")
         config = timm.data.resolve_model_data_config(self.model)
         if weights_file:
             # num_classes=0 has no classification head
-            heads = self.model.pretrained_cfg["classifier"]
+            heads = self.model.pretrained_cfg["classifier"] or ()
             heads = (heads,) if isinstance(heads, str) else heads
             unused = [key for key in state if key.rpartition(".")[0] in heads]
             if unused:
@@ -888,6 +891,8 @@ class Timm(nn.Module):
         self.eval()
         with torch.no_grad():
             features = self.model.forward_features(torch.zeros(1, *config["input_size"]))
+        if not torch.is_tensor(features) or features.ndim not in (3, 4):
+            die(f"encoder=timm/{name}: its forward_features gives no map and no tokens")
         if features.ndim == 4:
             rows, columns = features.shape[1:3] if self.channels_last else features.shape[2:]
         else:
