@@ -12,6 +12,7 @@ A data set is a folder laid out as COCO 2017 is:
     python coco.py data=photos                      # encodes any folder laid out like this
     python coco.py data=data/risc risc_csv=risc/captions.csv             # converts RISC, encodes it
     python coco.py data=data/ucm karpathy_json=ucm/dataset_ucm.json      # or Karpathy's format
+    python coco.py data=photos encoder=timm/tf_efficientnet_lite2       # a CNN of timm
     python coco.py karpathy_split=dataset_coco.json # COCO in the splits that papers report on
     python coco.py data=data/shapes shapes=8000 encoder=none             # draws 8,000 small scenes
     python coco.py data=data/shapes encoder=tagger  # trains a small encoder (30 s), encodes them
@@ -20,7 +21,8 @@ A data set is a folder laid out as COCO 2017 is:
 The same command run again continues what was interrupted. One GPU is enough: the CPU cores, which
 decode the images, set the pace. COCO_ENDPOINT names a mirror of images.cocodataset.org.
 
-Encoders: a ViT of open_clip (ViT-B-32: 50 tokens x 768); `tagger` (64 x 128), trained here on the
+Encoders: a ViT of open_clip (ViT-B-32: 50 tokens x 768); any model of timm, as timm/MODEL
+(timm/tf_efficientnet_lite2: 81 tokens x 1280); `tagger` (64 x 128), trained here on the
 training captions alone; `patches` (64 x 194), the raw pixels. Features that another program wrote
 are used as they are.
 """
@@ -66,8 +68,8 @@ risc_csv: str = None        # convert RISC: its captions.csv, with the folder re
 karpathy_json: str = None   # convert a data set in Karpathy's format: its dataset_*.json
 pictures: str = None        # the folder of the converted set's pictures; None = beside its file
 karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
-encoder = "ViT-B-32"        # tagger, patches or a model of open_clip; none = no features
-pretrained = "openai"       # open_clip's tag or a local file; none = random weights, for trials
+encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
+pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
 skip_bad = False            # remove unreadable pictures from the json, instead of ending with them
 batch_size = 128            # >= 1: images
 teach_steps = 450           # >= 1: training steps of the tagger
@@ -177,7 +179,7 @@ def to_8_bits(image):
 
 
 def features_file(data, encoder, split):
-    return os.path.join(data, "features", f"{encoder}_{split}.npy")
+    return os.path.join(data, "features", f"{encoder.replace('/', '_')}_{split}.npy")
 
 
 def metadata_file(path):
@@ -797,7 +799,8 @@ class OpenCLIP(nn.Module):
         tags = open_clip.list_pretrained_tags_by_model(name)
         if name not in models:
             near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
-            die(f"encoder={name} is not tagger, patches or a model of open_clip, such as {near}")
+            die(f"encoder={name} is not tagger, patches, timm/MODEL or a model of open_clip, such "
+                f"as {near}")
         weights = None if pretrained == "none" else pretrained
         if weights is None:
             warn_random_weights(name)
@@ -830,18 +833,98 @@ class OpenCLIP(nn.Module):
         return torch.cat([*last["image_intermediates_prefix"], *last["image_intermediates"]], 1)
 
 
-def load_encoder(name, pretrained="openai", tagger=None):
+class Timm(nn.Module):
     """
-    The frozen image encoder `name`. pretrained: which weights, for open_clip; tagger: the weights
-    of the tagger, as train_tagger saved them.
+    A model of timm, before its pooling and classification (forward_features). The map of a CNN
+    (B, W, rows, columns) becomes rows x columns tokens, row by row; the tokens of a ViT stay as
+    they are, class tokens and registers first. tf_efficientnet_lite2: (B, 81, 1280).
+    The whole picture is resized to the square that the model takes: timm would crop its middle,
+    but what captions speak of may lie at the border, and aerial pictures have no middle.
+    """
+
+    def __init__(self, name, pretrained):
+        super().__init__()
+        mend_torchvision()
+        import timm
+        from timm.models import load_state_dict
+
+        # as timm writes it: resnet18.a1_in1k is the architecture and the tag of its weights
+        architecture, _, tag = name.partition(".")
+        if not timm.is_model(architecture):
+            near = difflib.get_close_matches(architecture, timm.list_models(), 4, 0.3)
+            die(f"encoder=timm/{name}: timm has no such model; near it are {', '.join(near)}")
+        weights_file = pretrained if pretrained and os.path.isfile(pretrained) else None
+        if weights_file is None and pretrained not in (None, "none"):
+            tag = pretrained
+        tags = [known.split(".", 1)[1] for known in timm.list_pretrained(architecture + ".*")]
+        if tag and tag not in tags:
+            die(f"pretrained={tag} is neither a file nor weights that timm has for {architecture}: "
+                f"{', '.join(tags)}; none = random weights")
+        download_weights = pretrained != "none" and weights_file is None
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # the same random weights each time
+                self.model = timm.create_model(
+                    f"{architecture}.{tag}".rstrip("."), pretrained=download_weights, num_classes=0)
+            state = load_state_dict(weights_file) if weights_file else {}
+        except Exception as problem:  # timm, torch and the hub raise errors of many kinds
+            die(f"encoder=timm/{name} pretrained={pretrained} could not be loaded "
+                f"({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
+        if not hasattr(self.model, "forward_features"):
+            die(f"encoder=timm/{name}: this model has no forward_features")
+        config = timm.data.resolve_model_data_config(self.model)
+        if weights_file:
+            # num_classes=0 has no classification head
+            heads = self.model.pretrained_cfg["classifier"] or ()
+            heads = (heads,) if isinstance(heads, str) else heads
+            unused = [key for key in state if key.rpartition(".")[0] in heads]
+            if unused:
+                print(f"{weights_file}: {', '.join(unused)} (its classification head) are not used")
+            state = {key: w for key, w in state.items() if key not in unused}
+            load_weights(self.model, state, weights_file)
+        elif pretrained == "none":
+            warn_random_weights(name)
+        self.pretrained = pretrained or self.model.pretrained_cfg["tag"]
+        config |= dict(crop_pct=1.0, crop_mode="squash")
+        self.preprocess = timm.data.create_transform(**config, is_training=False)
+        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        self.eval()
+        with torch.no_grad():
+            features = self.model.forward_features(torch.zeros(1, *config["input_size"]))
+        if not torch.is_tensor(features) or features.ndim not in (3, 4):
+            die(f"encoder=timm/{name}: its forward_features gives no map and no tokens")
+        if features.ndim == 4:
+            rows, columns = features.shape[1:3] if self.channels_last else features.shape[2:]
+        else:
+            _, height, width = config["input_size"]
+            n_patches = features.shape[1] - getattr(self.model, "num_prefix_tokens", 0)
+            rows = round(math.sqrt(n_patches * height / width))
+            columns = n_patches // rows
+        self.grid = (rows, columns)
+
+    def forward(self, pixels):
+        features = self.model.forward_features(pixels)
+        if features.ndim == 3:
+            return features  # (B, S, W)
+        if self.channels_last:
+            return features.flatten(1, 2)  # (B, rows, columns, W) -> (B, S, W)
+        return features.flatten(2).transpose(1, 2)  # (B, W, rows, columns) -> (B, S, W)
+
+
+def load_encoder(name, pretrained=None, tagger=None):
+    """
+    The frozen image encoder `name`. pretrained, for open_clip and timm: a tag, a local file, none
+    (random weights) or None (openai, or timm's default). tagger: what train_tagger saved.
     """
     if name == "patches":
         encoder = Patches()
     elif name == "tagger":
         encoder = Tagger()
         load_weights(encoder, tagger, "the tagger")
+    elif name.startswith("timm/"):
+        encoder = Timm(name.removeprefix("timm/"), pretrained)
     else:
-        encoder = OpenCLIP(name, pretrained)
+        encoder = OpenCLIP(name, pretrained or "openai")
     return encoder.eval().requires_grad_(False)
 
 

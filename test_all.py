@@ -2008,6 +2008,53 @@ def test_open_clip_towers_get_their_own_activation(monkeypatch, capsys):
         assert hint in capsys.readouterr().err
 
 
+def test_timm_features_are_timms_own(capsys):
+    coco.mend_torchvision()
+    import timm
+    picture = Image.effect_noise((90, 40), 90).convert("RGB")
+    cases = (("mobilenetv3_small_050", (7, 7), 0), ("vit_tiny_patch16_224", (14, 14), 1),
+             ("swin_tiny_patch4_window7_224", (7, 7), 0))
+    for name, grid, n_prefix in cases:
+        encoder = coco.load_encoder(f"timm/{name}", "none")
+        pixels = torch.stack([encoder.preprocess(picture)])
+        features = encoder(pixels)
+        theirs = encoder.model.forward_features(pixels)
+        assert encoder.grid == grid and features.shape[1] == n_prefix + grid[0] * grid[1]
+        assert pixels.shape[2] == pixels.shape[3], name  # squeezed: the picture was not square
+        if name.startswith("vit"):
+            assert torch.equal(features, theirs)
+        elif name.startswith("swin"):  # (B, rows, columns, W)
+            assert torch.equal(features[0, 7 * 2 + 5], theirs[0, 2, 5])
+        else:  # (B, W, rows, columns)
+            assert torch.equal(features[0, 7 * 2 + 5], theirs[0, :, 2, 5])
+        same = coco.load_encoder(f"timm/{name}", "none")
+        assert coco.fingerprint(same) == coco.fingerprint(encoder)
+    assert coco.features_file("d", "timm/x", "val2017") == "d/features/timm_x_val2017.npy"
+
+
+def test_timm_weights_from_a_file(tmp_path, capsys):
+    coco.mend_torchvision()
+    import timm
+    name, path = "mobilenetv3_small_050", str(tmp_path / "weights.pth")
+    torch.manual_seed(1)
+    theirs = timm.create_model(name, num_classes=7).eval()  # a head of another size
+    torch.save(theirs.state_dict(), path)
+    encoder = coco.load_encoder(f"timm/{name}", path)
+    assert "classifier.weight, classifier.bias (its classification head)" in capsys.readouterr().out
+    pixels = torch.rand(1, 3, 224, 224)
+    torch.testing.assert_close(encoder(pixels)[0, 5], theirs.forward_features(pixels)[0, :, 0, 5])
+    state = theirs.state_dict()
+    state["conv_stem.weight"] = torch.zeros(1)
+    torch.save(state, path)
+    for model, weights, hint in ((name, path, "conv_stem.weight: (1,)"),
+                                 ("mobilenetv3_smal_050", "none", name),
+                                 (name, "nope", "neither a file nor weights"),
+                                 ("coat_tiny", "none", "no map and no tokens")):
+        with pytest.raises(SystemExit):
+            coco.load_encoder(f"timm/{model}", weights)
+        assert hint in capsys.readouterr().err
+
+
 class Counting(coco.Patches):
     """Patches that counts the pictures it has looked at, and is interrupted after so many."""
 
