@@ -48,7 +48,6 @@ Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{s
 curves.png, captions.png}. The adapter holds only what was trained, 80 kB for a soft prompt, and
 knows which model it belongs to.
 """
-
 import glob
 import json
 import math
@@ -75,191 +74,121 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fineweb import configure, die, download, hub, lock_folder, print_settings, save_atomically
-from train_gpt2 import (
-    KVCache,
-    Log,
-    beam_search,
-    check_finite,
-    curve,
-    decode,
-    get_lr,
-    load_checkpoint,
-    make_optimizers,
-    optimizer_step,
-    peak_rss,
-    plot,
-    pyplot,
-    read_log,
-    resume_optimizers,
-    save_checkpoint,
-    setup,
-    start_wandb,
-    stop_signals,
-    warn_changed,
-)
+from train_gpt2 import (KVCache, Log, beam_search, check_finite, curve, decode, get_lr,
+                        load_checkpoint, make_optimizers, optimizer_step, peak_rss, plot, pyplot,
+                        read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
+                        stop_signals, warn_changed)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image, save_json, splits_of
-from train_caption import (
-    TokenizedCaptions,
-    caption_split,
-    draw_captions,
-    perplexity,
-    read_features,
-    run_script,
-    to_text,
-    training_batch,
-)
+from train_caption import (TokenizedCaptions, caption_split, draw_captions, perplexity,
+                           read_features, run_script, save_captions, to_text, training_batch)
 
 # --------------------------------------------------------------------------------------------------
 # settings: `python paligemma_prompt.py name=value` overrides any of them
 
-# hub name[@revision] | folder | .safetensors | .npz | small; None = demo
-paligemma: str = None
-tokenizer: str = None  # a SentencePiece file; None = tokenizer.model beside the weights
-data: str = None  # folder in COCO's layout; several, a,b: one a step, in turn
-out_dir: str = None  # where the run goes; None = out/prompt_{data}_{what is trained}
-init_from = "scratch"  # scratch | resume (out_dir/ckpt.pt) | an adapter or its folder
-eval_only = False  # evaluate, train nothing
-prompt = "hard"  # one of hard | soft: soft adds learned vectors to the text
+paligemma: str = None       # hub name[@revision], folder, .safetensors, .npz, small; None = a demo
+tokenizer: str = None       # a SentencePiece file; None = tokenizer.model beside the weights
+data: str = None            # folder in COCO's layout; several, a,b: one a step, in turn
+out_dir: str = None         # where the run goes; None = out/prompt_{data}_{what is trained}
+init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter or its folder
+eval_only = False           # evaluate, train nothing
+prompt = "hard"             # one of hard | soft: soft adds learned vectors to the text
 prompt_text = "caption en"  # several, a,b,c: one a step, in turn; evaluation uses the first
-n_soft = 10  # >= 1: number of learned vectors
+n_soft = 10                 # >= 1: number of learned vectors
 soft_position = "after_image"  # one of before_image | after_image | after_bos | before_suffix
 prefix_order = "image,bos,prompt"  # the other pieces of the prefix, in any order
-trainable = "none"  # one of none | attention | lora | all: of Gemma; all: and of SigLIP
-lora_rank = 8  # >= 1: of the two thin matrices beside each of a layer's seven
-stack = False  # build the model: SigLIP, a fresh and trained projector, Gemma
-siglip: str = None  # stack: where SigLIP comes from
-gemma: str = None  # stack: where Gemma and its tokenizer come from
-compare = False  # zero-shot, attention, soft at each position, LoRA: a table and a plot
-memory = False  # only report what one step of each way takes at full size
-beam = 1  # >= 1: beams of the search for captions; 1 = greedy
-# caption these pictures (a,b,...) with init_from's adapter, or the newest
-image: str = None
-batch_size = 8  # >= 1: pictures a step, each with one random caption
-max_length = 64  # >= 1: tokens of the longest caption; longer ones are cut and counted
-optimizer: str = None  # one of adamw | muon | sgd: None = sgd for attention, otherwise adamw
+trainable = "none"          # one of none | attention | lora | all: of Gemma; all: and of SigLIP
+lora_rank = 8               # >= 1: of the two thin matrices beside each of a layer's seven
+stack = False               # build the model: SigLIP, a fresh and trained projector, Gemma
+siglip: str = None          # stack: where SigLIP comes from
+gemma: str = None           # stack: where Gemma and its tokenizer come from
+compare = False             # zero-shot, attention, soft at each position, LoRA: a table and a plot
+memory = False              # only report what one step of each way takes at full size
+beam = 1                    # >= 1: beams of the search for captions; 1 = greedy
+image: str = None           # caption pictures (a,b,...) with init_from's adapter, or the newest
+batch_size = 8              # >= 1: pictures a step, each with one random caption
+max_length = 64             # >= 1: tokens of the longest caption; longer ones are cut and counted
+optimizer: str = None       # one of adamw | muon | sgd: None = sgd for attention, otherwise adamw
 learning_rate: float = None  # > 0: the peak; None = RATES below
-min_lr = 0.0  # >= 0: where the cosine ends
-warmup_steps = 10  # >= 0
-max_steps = 500  # >= 1
-grad_clip = 1.0  # >= 0: largest norm of the gradient; 0 = no clipping
-eval_interval = 100  # >= 1: steps between evaluations, each followed by a checkpoint
-log_interval = 20  # >= 1: steps between printed lines
+min_lr = 0.0                # >= 0: where the cosine ends
+warmup_steps = 10           # >= 0
+max_steps = 500             # >= 1
+grad_clip = 1.0             # >= 0: largest norm of the gradient; 0 = no clipping
+eval_interval = 100         # >= 1: steps between evaluations, each followed by a checkpoint
+log_interval = 20           # >= 1: steps between printed lines
 gradient_checkpointing: bool = None  # keep only each layer's input; None = above 1e9 parameters
-seed = 1337  # >= 0
-device: str = None  # cuda, cpu, mps; None takes the best there is
-dtype: str = None  # one of bfloat16 | float32: of frozen weights; None = bfloat16 on CUDA
-wandb_log = False  # mirror the log to Weights & Biases
+seed = 1337                 # >= 0
+device: str = None          # cuda, cpu, mps; None takes the best there is
+dtype: str = None           # one of bfloat16 | float32: of frozen weights; None = bfloat16 on CUDA
+wandb_log = False           # mirror the log to Weights & Biases
 
-RENAMED = dict(
-    words="prompt_text",
-    place="soft_position",
-    order="prefix_order",
-    train="trainable",
-    recompute="gradient_checkpointing",
-)
+RENAMED = dict(words="prompt_text", place="soft_position", order="prefix_order", train="trainable",
+               recompute="gradient_checkpointing")
 SOFT_POSITIONS = ("before_image", "after_image", "after_bos", "before_suffix")
-METHODS = {
-    "hard, zero-shot": dict(prompt="hard", trainable="none"),
-    "hard + attention": dict(prompt="hard", trainable="attention"),
-    **{
-        f"soft, {position}": dict(prompt="soft", trainable="none", soft_position=position)
-        for position in SOFT_POSITIONS
-    },
-    "hard + LoRA": dict(prompt="hard", trainable="lora"),
-}
-# learning rates for PaliGemma and for the small model of the demo
-RATES = dict(
-    hard=(0, 0),
-    soft=(1e-2, 0.3),
-    attention=(0.03, 3e-3),
-    lora=(2e-4, 2e-3),
-    stack=(5e-4, 2e-3),
-    all=(1e-5, 8e-3),
-)
+# what compare=True runs
+METHODS = {"hard, zero-shot": dict(prompt="hard", trainable="none"),
+           "hard + attention": dict(prompt="hard", trainable="attention")}
+for position in SOFT_POSITIONS:
+    METHODS[f"soft, {position}"] = dict(prompt="soft", trainable="none", soft_position=position)
+METHODS["hard + LoRA"] = dict(prompt="hard", trainable="lora")
+# learning rates: for PaliGemma, and for the small model of the demo
+RATES = dict(hard=(0, 0), soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 2e-3),
+             stack=(5e-4, 2e-3), all=(1e-5, 8e-3))
+# what a resumed run takes over from its checkpoint
+RESUMED = ("paligemma tokenizer data prompt prompt_text n_soft soft_position prefix_order "
+           "trainable lora_rank stack siglip gemma batch_size max_length optimizer learning_rate "
+           "min_lr warmup_steps max_steps grad_clip eval_interval seed").split()
 
 # --------------------------------------------------------------------------------------------------
-# the model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the
-# prefix, T of all, S = cached + T; D = n_embd; H query heads, G key heads, E = head_dim. `c` is a
-# config as below, as a namespace; v_ is for the vision tower
+# The model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the
+# prefix, T of all, S = cached + T; D = n_embd; H query heads, G key heads, E = head_dim; W, M =
+# v_embd, n_mlp. `c` is a config as below, as a namespace; v_ is for the vision tower.
 
-FULL = dict(
-    image_size=224,
-    patch_size=14,
-    v_layer=27,
-    v_head=16,
-    v_embd=1152,
-    v_mlp=4304,
-    n_layer=18,
-    n_head=8,
-    n_kv_head=1,
-    head_dim=256,
-    n_embd=2048,
-    n_mlp=16384,
-    vocab_size=257_152,
-    query_scale=1 / 16,
-    gemma2=False,
-    attn_softcap=None,
-    final_softcap=None,
-    rope_theta=10_000.0,
-    eps=1e-6,
-)
-SMALL = FULL | dict(
-    image_size=64,
-    patch_size=16,
-    v_layer=3,
-    v_head=4,
-    v_embd=128,
-    v_mlp=256,
-    n_layer=4,
-    n_head=4,
-    head_dim=32,
-    n_embd=128,
-    n_mlp=384,
-    vocab_size=480,
-    query_scale=32**-0.5,
-)
+FULL = dict(image_size=224, patch_size=14, v_layer=27, v_head=16, v_embd=1152, v_mlp=4304,
+            n_layer=18, n_head=8, n_kv_head=1, head_dim=256, n_embd=2048, n_mlp=16384,
+            vocab_size=257_152, query_scale=1 / 16, gemma2=False, attn_softcap=None,
+            final_softcap=None, rope_theta=10_000.0, eps=1e-6)
+SMALL = FULL | dict(image_size=64, patch_size=16, v_layer=3, v_head=4, v_embd=128, v_mlp=256,
+                    n_layer=4, n_head=4, head_dim=32, n_embd=128, n_mlp=384, vocab_size=480,
+                    query_scale=32 ** -0.5)
 
 
 class SigLIPLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.n_head, W = c.v_head, c.v_embd
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(W, 1e-6), nn.LayerNorm(W, 1e-6)
-        self.self_attn = nn.ModuleDict(
-            {name: nn.Linear(W, W) for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
-        )
+        W, self.n_head = c.v_embd, c.v_head
+        self.layer_norm1 = nn.LayerNorm(W, 1e-6)
+        self.layer_norm2 = nn.LayerNorm(W, 1e-6)
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(W, W) for name in names})
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(W, c.v_mlp), fc2=nn.Linear(c.v_mlp, W)))
 
+    def heads(self, x):
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, N, W) -> (B, heads, N, E)
+
     def forward(self, x):
-        h, a = self.layer_norm1(x), self.self_attn
-        # B heads N E
-        q, k, v = (
-            matrix(h).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
-            for matrix in (a.q_proj, a.k_proj, a.v_proj)
-        )
-        x = x + a.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        a, h = self.self_attn, self.layer_norm1(x)
+        q, k, v = self.heads(a.q_proj(h)), self.heads(a.k_proj(h)), self.heads(a.v_proj(h))
+        y = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
+        x = x + a.out_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class SigLIP(nn.Module):
     """
-    A ViT without a class token (Zhai et al. 2023). Pictures (B, 3, size, size) in [-1, 1] ->
-    normed patches (B, N, v_embd).
+    A ViT without a class token (Zhai et al. 2023, https://arxiv.org/abs/2303.15343). Pictures
+    (B, 3, size, size) in [-1, 1] -> normed patches (B, N, W).
     """
 
     def __init__(self, c):
         super().__init__()
-        self.embeddings = nn.ModuleDict(
-            dict(
-                patch_embedding=nn.Conv2d(3, c.v_embd, c.patch_size, c.patch_size),
-                position_embedding=nn.Embedding((c.image_size // c.patch_size) ** 2, c.v_embd),
-            )
-        )
-        self.encoder = nn.ModuleDict(
-            dict(layers=nn.ModuleList([SigLIPLayer(c) for _ in range(c.v_layer)]))
-        )
+        n_patches = (c.image_size // c.patch_size) ** 2
+        self.embeddings = nn.ModuleDict(dict(
+            patch_embedding=nn.Conv2d(3, c.v_embd, c.patch_size, c.patch_size),
+            position_embedding=nn.Embedding(n_patches, c.v_embd)))
+        layers = nn.ModuleList([SigLIPLayer(c) for _ in range(c.v_layer)])
+        self.encoder = nn.ModuleDict(dict(layers=layers))
         self.post_layernorm = nn.LayerNorm(c.v_embd, 1e-6)
 
     def forward(self, pixels):
@@ -272,7 +201,7 @@ class SigLIP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In fp32 whatever comes, times 1 + weight: weights are stored as what they differ from one."""
+    """In float32 whatever comes. The stored weight is what the factor differs from one."""
 
     def __init__(self, n, eps):
         super().__init__()
@@ -280,29 +209,26 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         h = x.float()
-        return (
-            h
-            * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-            * (1 + self.weight.float())
-        ).to(x.dtype)
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return (h * (1 + self.weight.float())).to(x.dtype)
 
 
 class Linear(nn.Linear):
     """
     Frozen in bfloat16; or trained in float32 and cast for each matmul; or frozen, beside two thin
-    trained matrices (LoRA, Hu et al. 2021).
+    trained matrices (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685).
     """
 
     def add_lora(self, rank):
         n_out, n_in = self.weight.shape
-        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=self.weight.device) * n_in**-0.5)
-        # zero: it starts from the model as it is
-        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=self.weight.device))
+        where = self.weight.device
+        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=where) * n_in ** -0.5)
+        # zero: training starts from the model as it is
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=where))
 
     def forward(self, x):
-        y = F.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype), bias)
         if not hasattr(self, "lora_a"):
             return y
         # 2 = alpha / rank
@@ -311,13 +237,14 @@ class Linear(nn.Linear):
 
 def rotate(x, start, theta):
     """
-    RoPE (Su et al. 2021) on x (B, heads, T, E), whose first position is `start`. Entry e is
-    paired with entry e + E/2, not with its neighbour.
+    RoPE (Su et al. 2021, https://arxiv.org/abs/2104.09864) on x (B, heads, T, E), whose first
+    position is `start`. Entry e is paired with entry e + E/2, not with its neighbour.
     """
     T, E = x.shape[2:]
     frequency = theta ** (-torch.arange(0, E, 2, device=x.device) / E)
     angle = torch.arange(start, start + T, device=x.device)[:, None] * frequency  # (T, E/2)
-    cos, sin, (a, b) = angle.cos(), angle.sin(), x.float().chunk(2, -1)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
@@ -325,57 +252,45 @@ class GemmaLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.c, D, q, kv = c, c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        self.self_attn = nn.ModuleDict(
-            dict(
-                q_proj=Linear(D, q, bias=False),
-                k_proj=Linear(D, kv, bias=False),
-                v_proj=Linear(D, kv, bias=False),
-                o_proj=Linear(q, D, bias=False),
-            )
-        )
-        self.mlp = nn.ModuleDict(
-            dict(
-                gate_proj=Linear(D, c.n_mlp, bias=False),
-                up_proj=Linear(D, c.n_mlp, bias=False),
-                down_proj=Linear(c.n_mlp, D, bias=False),
-            )
-        )
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, c.eps), RMSNorm(D, c.eps)
+        self.c, D, M = c, c.n_embd, c.n_mlp
+        n_query, n_key = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        self.self_attn = nn.ModuleDict(dict(
+            q_proj=Linear(D, n_query, bias=False), k_proj=Linear(D, n_key, bias=False),
+            v_proj=Linear(D, n_key, bias=False), o_proj=Linear(n_query, D, bias=False)))
+        self.mlp = nn.ModuleDict(dict(
+            gate_proj=Linear(D, M, bias=False), up_proj=Linear(D, M, bias=False),
+            down_proj=Linear(M, D, bias=False)))
+        self.input_layernorm = RMSNorm(D, c.eps)
+        self.post_attention_layernorm = RMSNorm(D, c.eps)
         if c.gemma2:
-            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(
-                D, c.eps
-            ), RMSNorm(D, c.eps)
+            self.pre_feedforward_layernorm = RMSNorm(D, c.eps)
+            self.post_feedforward_layernorm = RMSNorm(D, c.eps)
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)  # -> (B, heads, T, E)
 
     def attend(self, x, mask, kv_cache, layer):
-        c, a, start = self.c, self.self_attn, kv_cache.pos if kv_cache else 0
-        q, k, v = (
-            matrix(x).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
-            for matrix in (a.q_proj, a.k_proj, a.v_proj)
-        )
-        # (B, H, T, E), (B, G, T, E)
-        q, k = rotate(q, start, c.rope_theta), rotate(k, start, c.rope_theta)
+        c, a = self.c, self.self_attn
+        start = kv_cache.pos if kv_cache else 0
+        q = rotate(self.heads(a.q_proj(x)), start, c.rope_theta)  # (B, H, T, E)
+        k = rotate(self.heads(a.k_proj(x)), start, c.rope_theta)  # (B, G, T, E)
+        v = self.heads(a.v_proj(x))
         if kv_cache:
             k, v = kv_cache.update(layer, k, v)  # (B, G, S, E)
-        # (B, H, S, E)
-        k, v = (
-            t[:, :, None].expand(-1, -1, c.n_head // c.n_kv_head, -1, -1).flatten(1, 2)
-            for t in (k, v)
-        )
-        if c.attn_softcap:  # fused attention knows no cap
-            # (B, H, T, S)
-            score = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))
-            if mask is not None:
-                score = score.masked_fill(~mask, -math.inf)
-            y = score.float().softmax(-1).to(v.dtype) @ v
-        else:
+        k = k.repeat_interleave(c.n_head // c.n_kv_head, 1)  # (B, H, S, E)
+        v = v.repeat_interleave(c.n_head // c.n_kv_head, 1)
+        if c.attn_softcap is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=c.query_scale)
+        else:  # fused attention knows no cap
+            scores = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -math.inf)
+            y = scores.float().softmax(-1).to(v.dtype) @ v
         return a.o_proj(y.transpose(1, 2).flatten(2))
 
     def feed(self, x):
-        return self.mlp.down_proj(
-            F.gelu(self.mlp.gate_proj(x), approximate="tanh") * self.mlp.up_proj(x)
-        )
+        gate = F.gelu(self.mlp.gate_proj(x), approximate="tanh")
+        return self.mlp.down_proj(gate * self.mlp.up_proj(x))
 
     def forward(self, x, mask=None, kv_cache=None, layer=None):
         h = self.attend(self.input_layernorm(x), mask, kv_cache, layer)
@@ -383,7 +298,7 @@ class GemmaLayer(nn.Module):
             x = x + self.post_attention_layernorm(h)
             return x + self.post_feedforward_layernorm(self.feed(self.pre_feedforward_layernorm(x)))
         x = x + h
-        # a trap: in Gemma 1 this name is the norm before the MLP
+        # a trap: in Gemma 1, the norm before the MLP goes by this name
         return x + self.feed(self.post_attention_layernorm(x))
 
 
@@ -392,13 +307,14 @@ class Gemma(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c, self.gradient_checkpointing = c, False
+        # the rows after them stand for no text (<image>, padding)
         self.n_words = min(c.vocab_size, 257_152)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c.n_layer)])
         self.norm = RMSNorm(c.n_embd, c.eps)
 
     def embed(self, idx):
-        return self.embed_tokens(idx) * self.c.n_embd**0.5
+        return self.embed_tokens(idx) * self.c.n_embd ** 0.5
 
     def forward(self, x, P, kv_cache=None):
         """
@@ -419,14 +335,9 @@ class Gemma(nn.Module):
         return x
 
     def head(self, x):
-        """
-        Hidden states (..., D) -> float32 logits, from the unscaled table without its last rows,
-        which stand for no text (<image>, padding).
-        """
-        logits, cap = (
-            F.linear(self.norm(x), self.embed_tokens.weight[: self.n_words]).float(),
-            self.c.final_softcap,
-        )
+        """Hidden states (..., D) -> float32 logits (..., n_words), from the unscaled table."""
+        logits = F.linear(self.norm(x), self.embed_tokens.weight[:self.n_words]).float()
+        cap = self.c.final_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
 
 
@@ -454,36 +365,30 @@ class PaliGemma(nn.Module):
         c, shapes, stream = open_model(name, siglip)
         with torch.device("meta"):
             model = cls(c)
-        check_shapes(
-            f"{siglip} and {name}" if siglip else name,
-            {
-                key: p.shape
-                for key, p in model.named_parameters()
-                if not (siglip and "projector" in key)
-            },
-            shapes,
-        )
+        wanted = {key: p.shape for key, p in model.named_parameters()}
+        if siglip:
+            wanted = {key: shape for key, shape in wanted.items() if "projector" not in key}
+        check_shapes(f"{siglip} and {name}" if siglip else name, wanted, shapes)
         try:
             for key, tensor in stream():
                 put(model, key, tensor.to(device, dtype, copy=True))
         except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
             die(f"{name} is damaged ({problem}): get it anew")
         if siglip:
-            # the final norm gives every token a squared length of sum(w^2 + b^2), so the random
-            # projector can be scaled to the size of embedded text
-            norm = model.vision_tower.post_layernorm
-            words = model.language_model.embed_tokens.weight[:10_000].float() * c.n_embd**0.5
-            size = (
-                words.square().mean().sqrt()
-                / (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
-            )
-            put(
-                model,
-                "multi_modal_projector.linear.weight",
-                torch.randn(c.n_embd, c.v_embd, device=device) * size,
-            )
-            put(model, "multi_modal_projector.linear.bias", torch.zeros(c.n_embd, device=device))
+            add_projector(model, device)
         return model
+
+
+def add_projector(model, device):
+    """A random projector whose image tokens have the size of embedded text."""
+    c, norm = model.config, model.vision_tower.post_layernorm
+    # the final norm gives every image token a squared length of sum(w^2 + b^2)
+    length = (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
+    words = model.language_model.embed(torch.arange(min(10_000, c.vocab_size), device=device))
+    size = words.float().square().mean().sqrt() / length
+    weight = torch.randn(c.n_embd, c.v_embd, device=device) * size
+    put(model, "multi_modal_projector.linear.weight", weight)
+    put(model, "multi_modal_projector.linear.bias", torch.zeros(c.n_embd, device=device))
 
 
 def put(module, key, tensor, train=False):
@@ -492,22 +397,19 @@ def put(module, key, tensor, train=False):
 
 
 def check_shapes(path, own, given):
-    """
-    Ends the run unless the tensors that a file gives, {name: shape}, are those that are wanted.
-    """
+    """Ends the run unless the tensors that a file gives, {name: shape}, are those of `own`."""
     wrong = [f"{key} is missing" for key in own if key not in given]
     wrong += [f"{key} is unknown" for key in given if key not in own]
-    both = [(key, tuple(given[key]), tuple(own[key])) for key in own if key in given]
-    wrong += [
-        f"{key} is {theirs} instead of {ours}" for key, theirs, ours in both if theirs != ours
-    ]
+    for key in own:
+        if key in given and tuple(own[key]) != tuple(given[key]):
+            wrong.append(f"{key} is {tuple(given[key])} instead of {tuple(own[key])}")
     if wrong:
         die(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
 
 
 # --------------------------------------------------------------------------------------------------
-# checkpoints, in the two published formats: {our name: shape}, a function that yields (our name,
-# tensor), and the config.json
+# Checkpoints, in the two published formats. What opens one returns {our name: shape}, a function
+# that yields (our name, tensor), and the config.json.
 
 
 def open_model(name, siglip=None):
@@ -518,22 +420,20 @@ def open_model(name, siglip=None):
     parts = [("", *open_checkpoint(name))]
     if siglip:
         parts = [("language_model.", *parts[0][1:]), ("vision_tower.", *open_checkpoint(siglip))]
-    shapes = {
-        key: shape
-        for part, theirs, _, _ in parts
-        for key, shape in theirs.items()
-        if key.startswith(part)
-    }
+    shapes = {}
+    for start, of_part, _, _ in parts:
+        shapes |= {key: shape for key, shape in of_part.items() if key.startswith(start)}
 
     def stream():
-        for part, _, tensors, _ in parts:
-            yield from ((key, tensor) for key, tensor in tensors() if key.startswith(part))
+        for start, _, tensors, _ in parts:
+            for key, tensor in tensors():
+                if key.startswith(start):
+                    yield key, tensor
 
     text, vision = parts[0][-1], parts[-1][-1]
     try:
-        c = read_config(
-            name, shapes, text.get("text_config", text), vision.get("vision_config", vision)
-        )
+        c = read_config(name, shapes, text.get("text_config", text),
+                        vision.get("vision_config", vision))
     except (TypeError, ValueError, ArithmeticError, AssertionError) as problem:
         die(f"{name}: its config.json is not one of a PaliGemma ({problem})")
     return c, shapes, stream
@@ -543,19 +443,10 @@ def open_checkpoint(name):
     path = locate(name)
     try:
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        AssertionError,
-        RuntimeError,
-        safetensors.SafetensorError,
-        zipfile.BadZipFile,
-    ) as problem:
-        die(
-            f"{name} is not a whole checkpoint, safetensors with a config.json or "
-            f"big_vision's .npz ({type(problem).__name__}: {problem})"
-        )
+    except (OSError, ValueError, LookupError, AssertionError, RuntimeError,
+            safetensors.SafetensorError, zipfile.BadZipFile) as problem:
+        die(f"{name} is not a whole checkpoint, safetensors with a config.json or big_vision's "
+            f".npz ({type(problem).__name__}: {problem})")
 
 
 def locate(name):
@@ -564,24 +455,19 @@ def locate(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
-    folder, (repo, _, revision) = os.path.join(
-        "pretrained", name.replace("/", "_")
-    ), name.partition("@")
-    print(
-        f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set "
-        f"HF_TOKEN to a token of yours",
-        flush=True,
-    )
-    tree = download(
-        f"{hub()}/api/models/{repo}/tree/{revision or 'main'}", os.path.join(folder, "files.json")
-    )
-    for file in (entry["path"] for entry in json.load(open(tree))):
-        if re.fullmatch(
-            r"config\.json|tokenizer\.model|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file
-        ):
-            download(
-                f"{hub()}/{repo}/resolve/{revision or 'main'}/{file}", os.path.join(folder, file)
-            )
+    folder = os.path.join("pretrained", name.replace("/", "_"))
+    repo, _, revision = name.partition("@")
+    revision = revision or "main"
+    print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set "
+          "HF_TOKEN to a token of yours", flush=True)
+    tree = download(f"{hub()}/api/models/{repo}/tree/{revision}",
+                    os.path.join(folder, "files.json"))
+    with open(tree, encoding="utf-8") as f:
+        files = [entry["path"] for entry in json.load(f)]
+    wanted = re.compile(r"config\.json|tokenizer\.model|"
+                        r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    for file in filter(wanted.fullmatch, files):
+        download(f"{hub()}/{repo}/resolve/{revision}/{file}", os.path.join(folder, file))
     return folder
 
 
@@ -590,15 +476,15 @@ def open_safetensors(path):
     A folder in Hugging Face's layout, one file or shards, or a single file with its config.json
     beside it.
     """
-    folder, files, where, shapes = os.path.dirname(path), [path], {}, {}
+    folder, files = os.path.dirname(path), [path]
     if os.path.isdir(path):
-        folder, index = path, os.path.join(path, "model.safetensors.index.json")
-        names = (
-            set(json.load(open(index))["weight_map"].values())
-            if os.path.exists(index)
-            else ["model.safetensors"]
-        )
+        folder, names = path, ["model.safetensors"]
+        index = os.path.join(path, "model.safetensors.index.json")
+        if os.path.exists(index):
+            with open(index, encoding="utf-8") as f:
+                names = set(json.load(f)["weight_map"].values())
         files = [os.path.join(path, name) for name in names]
+    where, shapes = {}, {}
     for file in files:
         with safetensors.safe_open(file, "pt") as f:
             metadata = f.metadata()
@@ -608,10 +494,8 @@ def open_safetensors(path):
                     continue
                 part = f.get_slice(key)
                 if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    die(
-                        f"{file}: {key} is stored as {part.get_dtype()}, not as float: quantized "
-                        "weights cannot be read"
-                    )
+                    die(f"{file}: {key} is stored as {part.get_dtype()}, not as float: quantized "
+                        "weights cannot be read")
                 where[name], shapes[name] = (file, key), part.get_shape()
 
     def stream():
@@ -622,22 +506,20 @@ def open_safetensors(path):
             with safetensors.safe_open(file, "pt") as f:
                 yield name, f.get_tensor(key)
 
-    # the head is the embedding table once more; some libraries save only one of the two
-    head, table = "lm_head.weight", "language_model.embed_tokens.weight"
-    config_file = os.path.join(folder, "config.json")
     # a model that was trained whole here carries its config itself
     config = json.loads((metadata or {}).get("config", "{}"))
+    config_file = os.path.join(folder, "config.json")
     if os.path.exists(config_file):
         with open(config_file, encoding="utf-8") as f:
             config = json.load(f)
+    # the head is the embedding table once more; some libraries save only one of the two
+    head, table = "lm_head.weight", "language_model.embed_tokens.weight"
     if head in shapes:
         tied = config.get("tie_word_embeddings", True)
         tied = tied and config.get("text_config", {}).get("tie_word_embeddings", True)
         if table in shapes and not tied:
-            die(
-                f"{path}: its lm_head is not its embedding table (tie_word_embeddings=false): "
-                "PaliGemma's is, and so it is here"
-            )
+            die(f"{path}: its lm_head is not its embedding table (tie_word_embeddings=false): "
+                "PaliGemma's is, and so it is here")
         if table not in shapes:
             where[table], shapes[table] = where[head], shapes[head]
         del where[head], shapes[head]
@@ -671,43 +553,58 @@ def our_name(key):
     return key
 
 
-# how an array becomes our (out, in) matrix:
-# from (out, in); (in, out); (heads, in, E); (in, heads, E); (heads, E, out)
-SAME, FLIP, HEADS_IN = (lambda w: w), (lambda w: w.mT), (lambda w: w.mT.flatten(0, 1))
-IN_HEADS, HEADS_OUT = (lambda w: w.flatten(1).mT), (lambda w: w.flatten(0, 1).mT)
-BLOCK, HEADS = (
-    "img/Transformer/encoderblock/",
-    "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/",
-)
+# How an array of big_vision becomes our (out, in) matrix. E is the size of a head.
+def same(w):
+    return w            # (out, in)
+
+
+def flip(w):
+    return w.mT         # (in, out)
+
+
+def heads_in(w):
+    return w.mT.flatten(0, 1)  # (heads, in, E)
+
+
+def in_heads(w):
+    return w.flatten(1).mT     # (in, heads, E)
+
+
+def heads_out(w):
+    return w.flatten(0, 1).mT  # (heads, E, out)
+
+
+BLOCK = "img/Transformer/encoderblock/"
+HEADS = BLOCK + "MultiHeadDotProductAttention_0/"
 # {}: the arrays of all layers are one, stacked
 TOWER, GEMMA = "vision_tower.encoder.layers.{}.", "language_model.layers.{}."
 # (its name without /kernel, /scale or /w; ours without .weight; how its array becomes ours)
 BIG_VISION = [
     ("img/embedding", "vision_tower.embeddings.patch_embedding", lambda w: w.permute(3, 2, 0, 1)),
     ("img/pos_embedding", "vision_tower.embeddings.position_embedding", lambda w: w[0]),
-    ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", SAME),
-    ("img/head", "multi_modal_projector.linear", FLIP),
-    (BLOCK + "LayerNorm_0", TOWER + "layer_norm1", SAME),
-    (BLOCK + "LayerNorm_1", TOWER + "layer_norm2", SAME),
-    (BLOCK + "MlpBlock_0/Dense_0", TOWER + "mlp.fc1", FLIP),
-    (BLOCK + "MlpBlock_0/Dense_1", TOWER + "mlp.fc2", FLIP),
-    (HEADS + "query", TOWER + "self_attn.q_proj", IN_HEADS),
-    (HEADS + "key", TOWER + "self_attn.k_proj", IN_HEADS),
-    (HEADS + "value", TOWER + "self_attn.v_proj", IN_HEADS),
-    (HEADS + "out", TOWER + "self_attn.out_proj", HEADS_OUT),
-    ("llm/embedder/input_embedding", "language_model.embed_tokens", SAME),
-    ("llm/final_norm", "language_model.norm", SAME),
-    ("llm/layers/attn/q_einsum", GEMMA + "self_attn.q_proj", HEADS_IN),
-    ("llm/layers/attn/attn_vec_einsum", GEMMA + "self_attn.o_proj", HEADS_OUT),
-    ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.k_proj", lambda w: HEADS_IN(w[0])),
-    ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.v_proj", lambda w: HEADS_IN(w[1])),
-    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.gate_proj", lambda w: FLIP(w[0])),
-    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.up_proj", lambda w: FLIP(w[1])),
-    ("llm/layers/mlp/linear", GEMMA + "mlp.down_proj", FLIP),
-    ("llm/layers/pre_attention_norm", GEMMA + "input_layernorm", SAME),
-    ("llm/layers/post_attention_norm", GEMMA + "post_attention_layernorm", SAME),
-    ("llm/layers/pre_ffw_norm", GEMMA + "pre_feedforward_layernorm", SAME),
-    ("llm/layers/post_ffw_norm", GEMMA + "post_feedforward_layernorm", SAME),
+    ("img/Transformer/encoder_norm", "vision_tower.post_layernorm", same),
+    ("img/head", "multi_modal_projector.linear", flip),
+    (BLOCK + "LayerNorm_0", TOWER + "layer_norm1", same),
+    (BLOCK + "LayerNorm_1", TOWER + "layer_norm2", same),
+    (BLOCK + "MlpBlock_0/Dense_0", TOWER + "mlp.fc1", flip),
+    (BLOCK + "MlpBlock_0/Dense_1", TOWER + "mlp.fc2", flip),
+    (HEADS + "query", TOWER + "self_attn.q_proj", in_heads),
+    (HEADS + "key", TOWER + "self_attn.k_proj", in_heads),
+    (HEADS + "value", TOWER + "self_attn.v_proj", in_heads),
+    (HEADS + "out", TOWER + "self_attn.out_proj", heads_out),
+    ("llm/embedder/input_embedding", "language_model.embed_tokens", same),
+    ("llm/final_norm", "language_model.norm", same),
+    ("llm/layers/attn/q_einsum", GEMMA + "self_attn.q_proj", heads_in),
+    ("llm/layers/attn/attn_vec_einsum", GEMMA + "self_attn.o_proj", heads_out),
+    ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.k_proj", lambda w: heads_in(w[0])),
+    ("llm/layers/attn/kv_einsum", GEMMA + "self_attn.v_proj", lambda w: heads_in(w[1])),
+    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.gate_proj", lambda w: flip(w[0])),
+    ("llm/layers/mlp/gating_einsum", GEMMA + "mlp.up_proj", lambda w: flip(w[1])),
+    ("llm/layers/mlp/linear", GEMMA + "mlp.down_proj", flip),
+    ("llm/layers/pre_attention_norm", GEMMA + "input_layernorm", same),
+    ("llm/layers/post_attention_norm", GEMMA + "post_attention_layernorm", same),
+    ("llm/layers/pre_ffw_norm", GEMMA + "pre_feedforward_layernorm", same),
+    ("llm/layers/post_ffw_norm", GEMMA + "post_feedforward_layernorm", same),
 ]
 
 
@@ -716,7 +613,8 @@ def open_npz(path):
     big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is
     read a layer at a time.
     """
-    archive, members, shapes, text, vision = zipfile.ZipFile(path), [], {}, {}, {}
+    archive = zipfile.ZipFile(path)
+    members, shapes, text, vision = [], {}, {}, {}
     # the table first, as above
     files = sorted(archive.namelist(), key=lambda file: "embed" not in file)
     gemma2 = any("post_ffw_norm" in file for file in files)
@@ -733,18 +631,17 @@ def open_npz(path):
         if leaf == "/bias":
             rows = [(ours.replace(".weight", ".bias"), torch.flatten) for ours, _ in rows]
         if not gemma2:  # Gemma 1's norm before the MLP goes by another name
-            rows = [
-                (ours.replace("pre_feedforward_", "post_attention_"), how) for ours, how in rows
-            ]
+            rows = [(ours.replace("pre_feedforward_", "post_attention_"), how)
+                    for ours, how in rows]
         # an unknown key keeps its name, and `check_shapes` will say it
-        rows = rows or [(key, SAME)]
-        n_layer, shape_of_one = (shape[0], shape[1:]) if "{}" in rows[0][0] else (1, shape)
+        rows = rows or [(key, same)]
+        n_layer, shape_of_one = 1, shape
+        if "{}" in rows[0][0]:
+            n_layer, shape_of_one = shape[0], shape[1:]
         members.append((file, begin, rows, n_layer, shape_of_one, kind))
         for ours, how in rows:
-            shapes |= {
-                ours.format(i): how(torch.empty(shape_of_one, device="meta")).shape
-                for i in range(n_layer)
-            }
+            our_shape = how(torch.empty(shape_of_one, device="meta")).shape
+            shapes |= {ours.format(i): our_shape for i in range(n_layer)}
         if base.endswith("q_einsum"):
             text["head_dim"] = shape[-1]
         if base.endswith("/query"):
@@ -759,14 +656,13 @@ def open_npz(path):
                     raw = w.reshape(-1).view(np.uint8)
                     # what readinto reads is in memory twice: 16 MB at a time
                     for start in range(0, len(raw), 1 << 24):
-                        f.readinto(raw[start : start + (1 << 24)])
-                    is_bfloat16 = kind.kind == "V"  # a type that numpy has no name for
-                    w = (
-                        torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)
-                        if is_bfloat16
-                        else torch.from_numpy(w)
-                    )
-                    yield from ((ours.format(i), how(w)) for ours, how in rows)
+                        f.readinto(raw[start:start + (1 << 24)])
+                    if kind.kind == "V":  # bfloat16, for which numpy has no name
+                        w = torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)
+                    else:
+                        w = torch.from_numpy(w)
+                    for ours, how in rows:
+                        yield ours.format(i), how(w)
 
     return shapes, stream, dict(text_config=text, vision_config=vision)
 
@@ -782,8 +678,8 @@ def read_config(name, shapes, text, vision):
             die(f"{name}: {key}.weight is missing: this is not all of a PaliGemma")
         return shapes[key + ".weight"][axis]
 
-    def n_layers(said, norm):
-        return said.get("num_hidden_layers") or sum(key.endswith(norm) for key in shapes)
+    def n_layers(part, norm):
+        return part.get("num_hidden_layers") or sum(key.endswith(norm) for key in shapes)
 
     # what would change the arithmetic must be what is computed here
     expected = [
@@ -798,93 +694,64 @@ def read_config(name, shapes, text, vision):
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         die(f"{name}: its config.json scales RoPE ({rope}); that is not known here")
-    eyes, first, E = (
-        "vision_tower.embeddings.",
-        "language_model.layers.0.",
-        text.get("head_dim") or 256,
-    )
-    patch, gemma2 = (
-        size(eyes + "patch_embedding", 2),
-        first + "pre_feedforward_layernorm.weight" in shapes,
-    )
-    theta = (
-        text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta") or 10_000.0
-    )
+    theta = text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta")
+    vision_part, first = "vision_tower.embeddings.", "language_model.layers.0."
+    patch = size(vision_part + "patch_embedding", 2)
+    head_dim = text.get("head_dim") or 256
     c = SimpleNamespace(
-        image_size=math.isqrt(size(eyes + "position_embedding")) * patch,
+        image_size=math.isqrt(size(vision_part + "position_embedding")) * patch,
         patch_size=patch,
         v_head=vision.get("num_attention_heads") or 16,
         v_layer=n_layers(vision, ".layer_norm1.weight"),
-        v_embd=size(eyes + "patch_embedding"),
+        v_embd=size(vision_part + "patch_embedding"),
         v_mlp=size("vision_tower.encoder.layers.0.mlp.fc1"),
         n_layer=n_layers(text, ".input_layernorm.weight"),
-        head_dim=E,
-        n_head=size(first + "self_attn.q_proj") // E,
-        n_kv_head=size(first + "self_attn.k_proj") // E,
+        head_dim=head_dim,
+        n_head=size(first + "self_attn.q_proj") // head_dim,
+        n_kv_head=size(first + "self_attn.k_proj") // head_dim,
         n_embd=size("language_model.embed_tokens", 1),
         n_mlp=size(first + "mlp.gate_proj"),
         vocab_size=size("language_model.embed_tokens"),
-        query_scale=(text.get("query_pre_attn_scalar") or E) ** -0.5,
-        gemma2=gemma2,
+        query_scale=(text.get("query_pre_attn_scalar") or head_dim) ** -0.5,
+        gemma2=first + "pre_feedforward_layernorm.weight" in shapes,
         attn_softcap=None,
         final_softcap=None,
-        rope_theta=theta,
-        eps=text.get("rms_norm_eps") or 1e-6,
-    )
+        rope_theta=theta or 10_000.0,
+        eps=text.get("rms_norm_eps") or 1e-6)
     assert c.v_embd % c.v_head == 0, f"{c.v_head} heads do not divide a width of {c.v_embd}"
-    if gemma2:  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
-        c.attn_softcap, c.final_softcap = text.get("attn_logit_softcapping", 50.0), text.get(
-            "final_logit_softcapping", 30.0
-        )
+    if c.gemma2:  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
+        c.attn_softcap = text.get("attn_logit_softcapping", 50.0)
+        c.final_softcap = text.get("final_logit_softcapping", 30.0)
     return c
 
 
 # --------------------------------------------------------------------------------------------------
-# a PaliGemma that is asked in a certain way, and what of it is trained
+# a PaliGemma with a prompt, and what of it is trained
 
 
 class PromptedPaliGemma(nn.Module):
     """
     A frozen PaliGemma with a prompt, and what is trained in it or beside it. hard: the tokens of
-    the text and of "\\n".
+    the text and of "\\n". The other arguments are settings of the same names.
     """
 
-    def __init__(
-        self,
-        model,
-        bos,
-        hard,
-        prompt="hard",
-        n_soft=10,
-        soft_position="after_image",
-        prefix_order="image,bos,prompt",
-        trainable="none",
-        lora_rank=8,
-        stack=False,
-    ):
+    def __init__(self, model, bos, hard, prompt="hard", n_soft=10, soft_position="after_image",
+                 prefix_order="image,bos,prompt", trainable="none", lora_rank=8, stack=False):
         super().__init__()
-        self.model, self.pieces, self.soft, language = (
-            model,
-            prefix_order.split(","),
-            None,
-            model.language_model,
-        )
+        self.model = model
+        self.pieces = prefix_order.split(",")
+        language = model.language_model
         self.words = dict(bos=torch.tensor([bos], device=language.norm.weight.device))
         self.ask(hard)
+        self.soft = None
         if prompt == "soft":
-            image, bos = self.pieces.index("image"), self.pieces.index("bos")
-            self.pieces.insert(
-                dict(before_image=image, after_image=image + 1, after_bos=bos + 1, before_suffix=3)[
-                    soft_position
-                ],
-                "soft",
-            )
-            # scaled already
-            rows = (
-                language.embed(self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"])
-                .detach()
-                .float()
-            )
+            place = dict(before_image=self.pieces.index("image"),
+                         after_image=self.pieces.index("image") + 1,
+                         after_bos=self.pieces.index("bos") + 1,
+                         before_suffix=3)
+            self.pieces.insert(place[soft_position], "soft")
+            text = self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"]
+            rows = language.embed(text).detach().float()  # at the size of embedded text
             self.soft = nn.Parameter(rows[torch.arange(n_soft) % len(rows)])  # (n_soft, D)
         for layer in language.layers:
             if trainable == "attention":
@@ -909,16 +776,11 @@ class PromptedPaliGemma(nn.Module):
         pass, as no gradient goes through it.
         """
         language = self.model.language_model
-        pieces = {name: language.embed(idx) for name, idx in self.words.items()} | dict(
-            image=self.model.encode_image(pixels), soft=self.soft
-        )
-        return torch.cat(
-            [
-                pieces[name].to(language.embed_tokens.weight.dtype).expand(len(pixels), -1, -1)
-                for name in self.pieces
-            ],
-            1,
-        )
+        pieces = {name: language.embed(idx) for name, idx in self.words.items()}
+        pieces |= dict(image=self.model.encode_image(pixels), soft=self.soft)
+        dtype = language.embed_tokens.weight.dtype
+        parts = [pieces[name].to(dtype).expand(len(pixels), -1, -1) for name in self.pieces]
+        return torch.cat(parts, 1)
 
     def forward(self, idx, pixels, targets, image_idx=None):
         """
@@ -928,17 +790,19 @@ class PromptedPaliGemma(nn.Module):
         all rows. image_idx (B,): the picture of each row; None = row i is about picture i.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
-        prefix = prefix if image_idx is None else prefix[image_idx]
+        if image_idx is not None:
+            prefix = prefix[image_idx]
         P = prefix.shape[1]
-        x = language(torch.cat([prefix, language.embed(idx[:, 1:])], 1), P)[:, P - 1 :]  # (B, T, D)
+        x = torch.cat([prefix, language.embed(idx[:, 1:])], 1)
+        x = language(x, P)[:, P - 1:]  # (B, T, D)
 
-        def part(x, targets):
+        def part_loss(x, targets):
             return F.cross_entropy(language.head(x), targets, reduction="sum")
 
         # Logits of the suffix only, 64 tokens at a time, and computed again in the backward pass:
         # those of 8 x 300 tokens would take 2.5 GB in float32.
         parts = zip(x.flatten(0, 1).split(64), targets.flatten().split(64))
-        return sum(checkpoint(part, *some, use_reentrant=False) for some in parts)
+        return sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
 
     @torch.no_grad()
     def generate(self, pixels, stop, max_new_tokens, beam=1):
@@ -948,11 +812,10 @@ class PromptedPaliGemma(nn.Module):
         """
         language, c = self.model.language_model, self.model.config
         prefix = self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
-        # G key heads, not H
-        keys = SimpleNamespace(
-            n_layer=c.n_layer, n_head=c.n_kv_head, n_embd=c.n_kv_head * c.head_dim
-        )
-        kv_cache = KVCache(keys, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
+        # the cache holds G key heads, not H
+        heads = SimpleNamespace(n_layer=c.n_layer, n_head=c.n_kv_head,
+                                n_embd=c.n_kv_head * c.head_dim)
+        kv_cache = KVCache(heads, len(prefix), prefix.shape[1] + max_new_tokens, prefix)
 
         def step(new):  # the first call, with a dummy for a token, reads the prefix
             x = language.embed(new) if kv_cache.pos else prefix
@@ -974,8 +837,9 @@ def make_optimizer(model, name, soft_scale=1.0):
     The optimizers of what is trained. A soft prompt that is trained beside matrices learns
     soft_scale times as fast as they do.
     """
-    optimizers = [torch.optim.SGD(model.trained().values(), lr=1.0)]
-    if name != "sgd":
+    if name == "sgd":
+        optimizers = [torch.optim.SGD(model.trained().values(), lr=1.0)]
+    else:
         optimizers = make_optimizers(model, name, 1.0, 0.0)
     if soft_scale == 1.0:
         return optimizers
@@ -983,10 +847,9 @@ def make_optimizer(model, name, soft_scale=1.0):
         for group in optimizer.param_groups:
             if any(p is model.soft for p in group["params"]):
                 group["params"] = [p for p in group["params"] if p is not model.soft]
-                optimizer.add_param_group(
-                    {k: v for k, v in group.items() if k != "params"}
-                    | dict(params=[model.soft], scale=soft_scale)
-                )
+                options = {k: v for k, v in group.items() if k != "params"}
+                options |= dict(params=[model.soft], scale=soft_scale)
+                optimizer.add_param_group(options)
                 return optimizers
 
 
@@ -996,27 +859,14 @@ def save_adapter(path, tensors, settings, c):
     own paligemma=, whatever it was built from.
     """
     if settings["trainable"] == "all":
-        settings = settings | dict(
-            paligemma=os.path.abspath(path),
-            trainable="none",
-            stack=False,
-            siglip=None,
-            gemma=None,
-            tokenizer=None,
-        )
-    sizes = dict(
-        text_config=dict(
-            head_dim=c.head_dim,
-            rope_theta=c.rope_theta,
-            rms_norm_eps=c.eps,
-            query_pre_attn_scalar=c.query_scale**-2,
-        ),
-        vision_config=dict(num_attention_heads=c.v_head),
-    )
+        settings = settings | dict(paligemma=os.path.abspath(path), trainable="none", stack=False,
+                                   siglip=None, gemma=None, tokenizer=None)
+    text = dict(head_dim=c.head_dim, rope_theta=c.rope_theta, rms_norm_eps=c.eps,
+                query_pre_attn_scalar=c.query_scale ** -2)
     if c.gemma2:
-        sizes["text_config"] |= dict(
-            attn_logit_softcapping=c.attn_softcap, final_logit_softcapping=c.final_softcap
-        )
+        text |= dict(attn_logit_softcapping=c.attn_softcap,
+                     final_logit_softcapping=c.final_softcap)
+    sizes = dict(text_config=text, vision_config=dict(num_attention_heads=c.v_head))
     metadata = dict(settings=json.dumps(settings), config=json.dumps(sizes))
     content = safetensors.torch.save(tensors, metadata)
     save_atomically(path, lambda f: f.write(content))
@@ -1029,15 +879,14 @@ def load_adapter(path):
             tensors = {key: f.get_tensor(key) for key in f.keys()}
             settings = json.loads(f.metadata()["settings"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError) as problem:
-        die(
-            f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: {problem})"
-        )
+        die(f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: "
+            f"{problem})")
     # adapters of former versions
     return tensors, {RENAMED.get(key, key): value for key, value in settings.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# words and pictures
+# text and pictures
 
 
 def learn_tokenizer(path, captions):
@@ -1048,21 +897,10 @@ def learn_tokenizer(path, captions):
     from sentencepiece import SentencePieceTrainer
 
     SentencePieceTrainer.train(
-        sentence_iterator=iter(captions),
-        model_prefix=path.removesuffix(".model"),
-        model_type="bpe",
-        vocab_size=SMALL["vocab_size"],
-        byte_fallback=True,
-        user_defined_symbols=["\n"],
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(captions), model_prefix=path.removesuffix(".model"),
+        model_type="bpe", vocab_size=SMALL["vocab_size"], byte_fallback=True,
+        user_defined_symbols=["\n"], add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
 
 
 class Tokenizer:
@@ -1074,32 +912,28 @@ class Tokenizer:
         try:
             pieces = SentencePieceProcessor(model_file=file)
         except (OSError, RuntimeError) as problem:
-            die(
-                f"{file} is not a SentencePiece model ({problem}): put the checkpoint's "
-                f"tokenizer.model there, or say tokenizer="
-            )
-        self.encode = self.encode_ordinary_batch = pieces.encode  # of a text, of a list of texts
-        self.decode, self.bos, self.eot_token, self.n_vocab = (
-            pieces.decode,
-            pieces.bos_id(),
-            pieces.eos_id(),
-            pieces.get_piece_size(),
-        )
-        if (n := len(self.encode("\n"))) != 1:
-            die(
-                f'{file}: "\\n" ends the prefix and must be one token, but is {n}: this is '
-                f'not a PaliGemma\'s tokenizer'
-            )
+            die(f"{file} is not a SentencePiece model ({problem}): put the checkpoint's "
+                "tokenizer.model there, or say tokenizer=")
+        self.encode = pieces.encode                 # of a text
+        self.encode_ordinary_batch = pieces.encode  # of a list of texts
+        self.decode = pieces.decode
+        self.bos, self.eot_token = pieces.bos_id(), pieces.eos_id()
+        self.n_vocab = pieces.get_piece_size()
+        n = len(self.encode("\n"))
+        if n != 1:
+            die(f'{file}: "\\n" ends the prefix and must be one token, but is {n}: this is not a '
+                "PaliGemma's tokenizer")
 
 
 class Pictures:
     """
-    Picture files, read when they are asked for: pictures[numbers] -> (B, 3, size, size), fp32 in
+    Picture files, read when they are asked for: pictures[numbers] -> (B, 3, size, size), float32 in
     [-1, 1].
     """
 
     def __init__(self, files, size):
-        self.files, self.size, self.pool = files, size, ThreadPoolExecutor(os.cpu_count())
+        self.files, self.size = files, size
+        self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def __len__(self):
         return len(self.files)
@@ -1116,18 +950,31 @@ class Pictures:
 def read_split(data, split, size):
     """-> the json's images, each one's captions in lower case, and its Pictures."""
     images, captions = load_captions(data, split)
-    captions = [[" ".join(text.lower().split()) for text in said] for said in captions]
-    empty = [image["file_name"] for image, said in zip(images, captions) if not all(said)]
+    lower = [[" ".join(text.lower().split()) for text in of_image] for of_image in captions]
+    empty = [image["file_name"] for image, of_image in zip(images, lower) if not all(of_image)]
     if empty:
-        die(
-            f"{data}, {split}: {len(empty)} pictures have a caption without a word, such as "
-            f"{', '.join(empty[:3])}"
-        )
-    return (
-        images,
-        captions,
-        Pictures([os.path.join(data, split, image["file_name"]) for image in images], size),
-    )
+        die(f"{data}, {split}: {len(empty)} pictures have a caption without a word, such as "
+            f"{', '.join(empty[:3])}")
+    files = [os.path.join(data, split, image["file_name"]) for image in images]
+    return images, lower, Pictures(files, size)
+
+
+def load_tasks(data, size, tokenizer, max_length):
+    """
+    Pictures and captions: of each folder, to train on; of the first folder, the split that is
+    scored, and 256 pictures with one caption each to evaluate on the way.
+    """
+    folders, tasks = data.split(","), []
+    for folder in folders:
+        _, captions, pictures = read_split(folder, "train2017", size)
+        tasks.append((TokenizedCaptions(captions, tokenizer, max_length), pictures))
+    splits = splits_of(folders[0])
+    split = "test2017" if "test2017" in splits else "val2017"
+    scored = split, *read_split(folders[0], split, size)
+    _, captions, subset = read_split(folders[0], "val2017" if "val2017" in splits else split, size)
+    subset.files = subset.files[:256]
+    first_captions = [of_image[:1] for of_image in captions[:256]]
+    return tasks, scored, (TokenizedCaptions(first_captions, tokenizer, max_length), subset)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1171,19 +1018,18 @@ def random_model(c, device, dtype=torch.float32):
     return model
 
 
-def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, **way):
+def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, **method):
     """
     GiB that a training step takes, weights included. On a GPU it is measured. Elsewhere it is
     computed: the step is taken with fake tensors, which have shapes but no content, and the bytes
-    of those that are alive are followed.
+    of those that are alive are followed. method: arguments of PromptedPaliGemma.
     """
     real = "cuda" in device
     with nullcontext() if real else FakeTensorMode():
-        asked = PromptedPaliGemma(random_model(c, device, dtype), 2, [3, 4, 5], **way)
-        asked.model.language_model.gradient_checkpointing = True
-        optimizers = make_optimizer(
-            asked, "sgd" if way.get("trainable") == "attention" else "adamw"
-        )
+        prompted = PromptedPaliGemma(random_model(c, device, dtype), 2, [3, 4, 5], **method)
+        prompted.model.language_model.gradient_checkpointing = True
+        name = "sgd" if method.get("trainable") == "attention" else "adamw"
+        optimizers = make_optimizer(prompted, name)
         idx = torch.zeros(batch_size, n_suffix, dtype=torch.long, device=device)
         pixels = torch.zeros(batch_size, 3, c.image_size, c.image_size, device=device)
         if real:
@@ -1191,7 +1037,7 @@ def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, 
         with nullcontext() if real else LiveBytes() as live:
             # from the second on, Adam's moments are there, and all weights were met
             for _ in range(2):
-                asked(idx, pixels, idx).backward()
+                prompted(idx, pixels, idx).backward()
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -1199,31 +1045,24 @@ def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, 
 
 
 def report_memory(device):
-    """Prints what one training step of each way takes at full size."""
-    source = (
-        f"measured on {torch.cuda.get_device_name()}"
-        if "cuda" in device
-        else "computed on fake tensors"
-    )
-    print(
-        "a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in "
-        "bfloat16: "
-        f"GiB of memory, weights and all, {source}\n\n{'':24} |    B=1 |    B=4 |    B=8"
-    )
-    ways = {
-        "soft prompt": dict(prompt="soft"),
-        "attention (SGD)": dict(trainable="attention"),
-        "LoRA": dict(trainable="lora"),
-        "stack: LoRA + projector": dict(trainable="lora", stack=True),
-    }
-    for label, way in ways.items():
-        sizes = [
-            f"{step_memory(SimpleNamespace(**FULL), B, device, **way):6.2f}" for B in (1, 4, 8)
-        ]
+    """Prints what one training step of each method takes at full size."""
+    source = "computed on fake tensors"
+    if "cuda" in device:
+        source = f"measured on {torch.cuda.get_device_name()}"
+    print("a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in "
+          f"bfloat16: GiB of memory, weights and all, {source}\n\n"
+          f"{'':24} |    B=1 |    B=4 |    B=8")
+    methods = {"soft prompt": dict(prompt="soft"),
+               "attention (SGD)": dict(trainable="attention"),
+               "LoRA": dict(trainable="lora"),
+               "stack: LoRA + projector": dict(trainable="lora", stack=True)}
+    c = SimpleNamespace(**FULL)
+    for label, method in methods.items():
+        sizes = [f"{step_memory(c, B, device, **method):6.2f}" for B in (1, 4, 8)]
         print(f"{label:24} | {' | '.join(sizes)}", flush=True)
 
 
-def check_memory(c, device, dtype, batch_size, way):
+def check_memory(c, device, dtype, batch_size, method):
     """
     Ends the run, before anything is loaded, if a training step would not fit into the free
     memory; names what would.
@@ -1231,61 +1070,41 @@ def check_memory(c, device, dtype, batch_size, way):
     if "cuda" in device:
         free = torch.cuda.mem_get_info()[0] / 2**30
     elif os.path.exists("/proc/meminfo"):
-        free = int(re.search(r"MemAvailable: *(\d+)", open("/proc/meminfo").read())[1]) / 2**20
+        with open("/proc/meminfo") as f:
+            free = int(re.search(r"MemAvailable: *(\d+)", f.read())[1]) / 2**20
     else:
         return
     soft = dict(prompt="soft")
-    if way["prompt"] == "hard" and way["trainable"] == "none" and not way["stack"]:
-        way = soft  # what trains nothing takes a little less
-    need = step_memory(c, batch_size, "cpu", dtype, **way)
+    if method["prompt"] == "hard" and method["trainable"] == "none" and not method["stack"]:
+        method = soft  # what trains nothing takes a little less
+    need = step_memory(c, batch_size, "cpu", dtype, **method)
     if need < free:
         return
     hint = "nothing here"
-    if step_memory(c, 1, "cpu", dtype, **way) < free:
+    if step_memory(c, 1, "cpu", dtype, **method) < free:
         hint = "batch_size=1"
     elif step_memory(c, 1, "cpu", torch.bfloat16, **soft) < free:
         hint = "prompt=soft trainable=none batch_size=1 dtype=bfloat16"
-    die(
-        f"a step would take {need:.1f} GiB, and {device} has {free:.1f} free. What would fit: "
-        f"{hint}"
-    )
+    die(f"a step would take {need:.1f} GiB, and {device} has {free:.1f} free. What would fit: "
+        f"{hint}")
 
 
 # --------------------------------------------------------------------------------------------------
 # the demo: a small PaliGemma and drawn scenes, which captions describe in two ways
 
-FROM_ABOVE = dict(
-    circle="storage tank",
-    square="building",
-    triangle="tent",
-    star="fountain",
-    cross="airplane",
-    picture="satellite view",
-)
+FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain",
+                  cross="airplane", picture="satellite view")
 # shares of pictures seen from above and of captions in a surveyor's words
 WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))
 # Six prompts, of which every second asks for a surveyor's words: a model that has met one prompt
 # only learns to ignore it.
 DEMO_PRETRAINING = (
-    "paligemma=small",
-    "trainable=all",
-    "data=data/scenes,data/surveys",
-    "out_dir=out/prompt_small",
-    "optimizer=muon",
-    "batch_size=32",
+    "paligemma=small", "trainable=all", "data=data/scenes,data/surveys", "out_dir=out/prompt_small",
+    "optimizer=muon", "batch_size=32",
     "prompt_text=caption en,survey en,describe the picture,report what is seen from above,en,above",
-    "eval_interval=250",
-    "log_interval=50",
-)
-DEMO = dict(
-    paligemma="out/prompt_small/adapter.safetensors",
-    data="data/aerial",
-    compare=True,
-    batch_size=16,
-    max_steps=100,
-    eval_interval=25,
-    log_interval=25,
-)
+    "eval_interval=250", "log_interval=50")
+DEMO = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial", compare=True,
+            batch_size=16, max_steps=100, eval_interval=25, log_interval=25)
 
 
 def drawn_world(pictures, words):
@@ -1294,34 +1113,28 @@ def drawn_world(pictures, words):
     of captions in a surveyor's words.
     """
 
-    def survey(said):
-        return " ".join(FROM_ABOVE.get(word, word) for word in said.split())
+    def in_survey_words(caption):
+        return " ".join(FROM_ABOVE.get(word, word) for word in caption.split())
 
     def style(rng, picture, captions):
         if rng.random() < pictures:
             ground = Image.frombytes("L", (9, 9), rng.randbytes(81)).resize((64, 64), Image.BICUBIC)
             # from earth to grass
-            picture = ImageChops.multiply(
-                picture, ImageOps.colorize(ground, (150, 135, 100), (190, 215, 165))
-            )
-        return picture, [survey(said) if rng.random() < words else said for said in captions]
+            ground = ImageOps.colorize(ground, (150, 135, 100), (190, 215, 165))
+            picture = ImageChops.multiply(picture, ground)
+        styled = []
+        for caption in captions:
+            styled.append(in_survey_words(caption) if rng.random() < words else caption)
+        return picture, styled
 
     return style
 
 
-# --------------------------------------------------------------------------------------------------
-# the demo, and the methods side by side
-
-
 def prepare_demo(seed, max_steps):
     """Draws the worlds and pretrains the small PaliGemma. What exists already is not made again."""
-    print(
-        "No PaliGemma was named (paligemma=), so a small one is made here, trained to "
-        "caption drawn "
-        "scenes, and then\nprompted: this shows how it works, not what PaliGemma can do. What "
-        "exists already is not made again.",
-        flush=True,
-    )
+    print("No PaliGemma was named (paligemma=), so a small one is made here, trained to caption "
+          "drawn scenes, and then\nprompted: this shows how it works, not what PaliGemma can do. "
+          "What exists already is not made again.", flush=True)
     for world, shares in WORLDS.items():
         if "val2017" not in splits_of(f"data/{world}"):
             draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
@@ -1333,32 +1146,31 @@ def prepare_demo(seed, max_steps):
     run_script("paligemma_prompt.py", *words)
 
 
+# --------------------------------------------------------------------------------------------------
+# the methods side by side
+
+
 def results_table(rows):
-    lines = [
-        f"{'':<20} |   trained | peak GB | s/step | BLEU-4 |  CIDEr | perplexity | wrong picture"
-    ]
+    lines = [f"{'':<20} |   trained | peak GB | s/step | BLEU-4 |  CIDEr | perplexity | wrong "
+             "picture"]
     for r in rows:
         lines.append(
             f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | "
             f"{r['seconds_per_step']:>6.2f} | {100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} "
-            f"| {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}"
-        )
+            f"| {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}")
     return "\n".join(lines)
 
 
 def draw_comparison(path, rows):
     """The table as bars."""
     plt = pyplot()
-    fig, axes = plt.subplots(
-        1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True, layout="constrained"
-    )
-    bars = [
-        ("trained parameters", "trained", 1, ",.0f"),
-        ("peak memory, GB", "peak_GB", 1, ".2f"),
-        ("seconds a step", "seconds_per_step", 1, ".2f"),
-        ("BLEU-4 x 100", "Bleu_4", 100, ".1f"),
-        ("CIDEr x 100", "CIDEr", 100, ".1f"),
-    ]
+    fig, axes = plt.subplots(1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True,
+                             layout="constrained")
+    bars = [("trained parameters", "trained", 1, ",.0f"),
+            ("peak memory, GB", "peak_GB", 1, ".2f"),
+            ("seconds a step", "seconds_per_step", 1, ".2f"),
+            ("BLEU-4 x 100", "Bleu_4", 100, ".1f"),
+            ("CIDEr x 100", "CIDEr", 100, ".1f")]
     names = [r["way"] for r in rows]
     for ax, (title, key, scale, form) in zip(axes, bars):
         drawn = ax.barh(names, [scale * r[key] for r in rows])
@@ -1370,6 +1182,17 @@ def draw_comparison(path, rows):
     plt.close(fig)
 
 
+def check_same_settings(run_dir, settings):
+    """Ends the run if a finished run was made with other settings than this comparison's."""
+    with open(f"{run_dir}/results.json", encoding="utf-8") as f:
+        made_with = json.load(f)["settings"]
+    compared = settings.keys() & made_with.keys() - {"init_from", "out_dir", "device"}
+    changed = [k for k in settings if k in compared and made_with[k] != settings[k]]
+    if changed:
+        die(f"{run_dir} was made with other settings ({', '.join(changed)}): delete it, or take "
+            "another out_dir=")
+
+
 def compare_methods(config, folder):
     """
     Runs this script once for each of METHODS, otherwise with the same settings, and compares them.
@@ -1379,56 +1202,27 @@ def compare_methods(config, folder):
     for method, own in METHODS.items():
         run_dir = os.path.join(folder, re.sub(r"\W+", "_", method))
         settings = config | own | dict(compare=False, out_dir=run_dir)
-        results = f"{run_dir}/results.json"
-        if os.path.exists(results):
-            with open(results) as f:
-                made_with = json.load(f)["settings"]
-            changed = [
-                k
-                for k, v in settings.items()
-                if k in made_with
-                and made_with[k] != v
-                and k not in ("init_from", "out_dir", "device")
-            ]
-            if changed:
-                die(
-                    f"{run_dir} was made with other settings ({', '.join(changed)}): delete it, or "
-                    "take another out_dir="
-                )
+        if os.path.exists(f"{run_dir}/results.json"):
+            check_same_settings(run_dir, settings)
             print(f"{run_dir} is finished already", flush=True)
         else:
             if os.path.exists(f"{run_dir}/ckpt.pt"):
                 settings["init_from"] = "resume"
             words = [f"{k}={v}" for k, v in settings.items() if v is not None]
             run_script("paligemma_prompt.py", *words)
-        with open(results) as f:
+        with open(f"{run_dir}/results.json", encoding="utf-8") as f:
             rows.append(json.load(f) | dict(way=method, log=f"{run_dir}/log.csv"))
         log = read_log(f"{run_dir}/log.csv")
         losses[method], perplexities[method] = curve(log, "loss"), curve(log, "perplexity")
     save_json(f"{folder}/results.json", rows, indent=1)
-    plot(
-        f"{folder}/curves.png",
-        {"loss (nats a token)": losses, "perplexity of held-out captions": perplexities},
-    )
+    plot(f"{folder}/curves.png", {"loss (nats a token)": losses,
+                                  "perplexity of held-out captions": perplexities})
     draw_comparison(f"{folder}/comparison.png", rows)
     return rows
 
 
-def caption_pictures(model, files, size, tokenizer, max_length, beam, folder, device):
-    """Prints a caption of each picture, and draws them with it."""
-    pixels = torch.from_numpy(Pictures(files, size)[range(len(files))]).to(device)
-    captions = to_text(model.generate(pixels, tokenizer.eot_token, max_length, beam), tokenizer)
-    for file, caption in zip(files, captions):
-        print(f"{file}: {caption}")
-    os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "image.png")
-    pictures = [open_image(file) for file in files]
-    draw_captions(path, pictures, captions, columns=min(4, len(files)))
-    print(f"drawn in {path}")
-
-
 # --------------------------------------------------------------------------------------------------
-# a run
+# the parts of a run, in the order of use
 
 
 def adapter_file(init_from):
@@ -1443,10 +1237,8 @@ def newest_adapter():
     runs = glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True)
     runs = [path for path in runs if "prompt_small" not in path]
     if not runs:
-        die(
-            "image= needs an adapter (init_from=), or a model (paligemma=): "
-            "`python paligemma_prompt.py` makes both"
-        )
+        die("image= needs an adapter (init_from=), or a model (paligemma=): `python "
+            "paligemma_prompt.py` makes both")
     return max(runs, key=os.path.getmtime)
 
 
@@ -1470,26 +1262,14 @@ def preset(typed):
     return {} if named else DEMO
 
 
-# what a resumed run takes over from its checkpoint
-RESUMED = (
-    "paligemma tokenizer data prompt prompt_text n_soft soft_position prefix_order trainable "
-    "lora_rank stack siglip gemma batch_size max_length optimizer learning_rate min_lr "
-    "warmup_steps max_steps grad_clip eval_interval seed"
-).split()
-
-
 def check_settings(config):
     """Refuses what can be known to fail before a model is loaded."""
-    pieces = config["prefix_order"].split(",")
-    if sorted(pieces) != ["bos", "image", "prompt"]:
-        die(
-            f"prefix_order={config['prefix_order']}: image, bos and prompt, each once, in any order"
-        )
-    text = config["prompt_text"]
+    order, text = config["prefix_order"], config["prompt_text"]
+    if sorted(order.split(",")) != ["bos", "image", "prompt"]:
+        die(f"prefix_order={order}: image, bos and prompt, each once, in any order")
     if "<image>" in text or text.endswith(("\n", "\\n")):
-        die(
-            f"prompt_text={text!r}: the words only; the image tokens and the newline are added here"
-        )
+        die(f"prompt_text={text!r}: the words only; the image tokens and the newline are added "
+            "here")
     if config["stack"] and not (config["siglip"] and config["gemma"]):
         die("stack=True needs siglip= and gemma=, the checkpoints to build from")
     if not (config["data"] or config["image"] or config["memory"]):
@@ -1503,38 +1283,144 @@ def check_settings(config):
                 load_captions(folder, "train2017")
 
 
+def default_out_dir(config, kind):
+    init_from = config["init_from"]
+    if init_from.endswith(".safetensors") and config["image"]:
+        return os.path.dirname(init_from)
+    if init_from.endswith(".safetensors") and config["eval_only"]:
+        return os.path.join(os.path.dirname(init_from), "eval")
+    data_name = os.path.basename(os.path.normpath(config["data"] or "zero-shot"))
+    position = f"_{config['soft_position']}" * (config["prompt"] == "soft" and kind != "all")
+    return f"out/prompt_{data_name}_{kind}{position}"
+
+
 def find_tokenizer(tokenizer, path):
     """The setting, or the SentencePiece file beside a checkpoint."""
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     # Kaggle's file, beside its .npz, has a name of its own
-    beside = [
-        os.path.join(folder, name) for name in ("tokenizer.model", "paligemma_tokenizer.model")
-    ]
+    names = ("tokenizer.model", "paligemma_tokenizer.model")
+    beside = [os.path.join(folder, name) for name in names]
     return tokenizer or next(filter(os.path.exists, beside), beside[0])
 
 
-def load_tasks(data, size, tokenizer, max_length):
+def make_small(config, device, tokenizer_file):
+    """A small PaliGemma with random weights. From scratch, its tokenizer is learned too."""
+    if config["init_from"] == "scratch":
+        captions = []
+        for folder in config["data"].split(","):
+            for of_image in load_captions(folder, "train2017")[1]:
+                captions += of_image
+        learn_tokenizer(tokenizer_file, captions)
+    return random_model(SimpleNamespace(**SMALL), device)
+
+
+def load_paligemma(config, method, device, dtype):
+    """-> the frozen PaliGemma that the settings name, and its tokenizer's file."""
+    source = config["gemma"] if config["stack"] else config["paligemma"]
+    siglip = config["siglip"] if config["stack"] else None
+    if source == "small":
+        tokenizer_file = os.path.join(config["out_dir"], "tokenizer.model")
+        model = make_small(config, device, tokenizer_file)
+    else:
+        path = locate(source)
+        tokenizer_file = find_tokenizer(config["tokenizer"], path)
+        Tokenizer(tokenizer_file)  # before minutes of loading
+        c, _, _ = open_model(path, siglip)
+        if c.n_embd > 1000:
+            check_memory(c, device, dtype, config["batch_size"], method)
+        model = PaliGemma.from_pretrained(path, device, dtype, siglip)
+    n_words, n_rows = Tokenizer(tokenizer_file).n_vocab, model.config.vocab_size
+    if not 0 <= n_rows - n_words < 128:  # tables are padded, to multiples of 64 or 128
+        die(f"{tokenizer_file} has {n_words:,} tokens, and {source} {n_rows:,} rows for them: they "
+            "don't belong together")
+    model.language_model.n_words = n_words
+    return model, tokenizer_file
+
+
+def choose_rates(config, kind, is_small):
+    """-> the optimizer, its learning rate, and how much faster a soft prompt learns than it."""
+    attention_only = kind == "attention" and not is_small
+    optimizer = config["optimizer"] or ("sgd" if attention_only else "adamw")
+    soft_scale = 1.0
+    if config["prompt"] == "soft" and config["trainable"] != "none":
+        soft_scale = RATES["soft"][is_small] / RATES[kind][is_small]
+    return optimizer, config["learning_rate"] or RATES[kind][is_small], soft_scale
+
+
+def restore(trained, saved, path, source=None):
     """
-    Pictures and captions: of each folder, to train on; of the first folder, the split that judges,
-    and 256 pictures with one caption each to evaluate on the way.
+    Copies the saved tensors of the file `path`, {name: tensor}, into the trained parameters of the
+    same names. source: the file of the frozen model.
     """
-    folders, tasks = data.split(","), []
-    for folder in folders:
-        _, captions, pictures = read_split(folder, "train2017", size)
-        tasks.append((TokenizedCaptions(captions, tokenizer, max_length), pictures))
-    splits = splits_of(folders[0])
-    split = "test2017" if "test2017" in splits else "val2017"
-    judged = split, *read_split(folders[0], split, size)
-    _, captions, subset = read_split(folders[0], "val2017" if "val2017" in splits else split, size)
-    subset.files = subset.files[:256]
-    first_captions = [of_image[:1] for of_image in captions[:256]]
-    return tasks, judged, (TokenizedCaptions(first_captions, tokenizer, max_length), subset)
+    if source and os.path.abspath(path) == os.path.abspath(source):
+        # a model that was trained whole is its own adapter: all but a soft prompt is loaded already
+        saved = {key: tensor for key, tensor in saved.items() if key in trained}
+    if not saved or not trained:
+        return
+    check_shapes(path, {k: p.shape for k, p in trained.items()},
+                 {k: tensor.shape for k, tensor in saved.items()})
+    for key, tensor in saved.items():
+        trained[key].data.copy_(tensor)
+
+
+def caption_pictures(model, files, size, tokenizer, max_length, beam, folder, device):
+    """Prints a caption of each picture, and draws them with it."""
+    pixels = torch.from_numpy(Pictures(files, size)[range(len(files))]).to(device)
+    captions = to_text(model.generate(pixels, tokenizer.eot_token, max_length, beam), tokenizer)
+    for file, caption in zip(files, captions):
+        print(f"{file}: {caption}")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "image.png")
+    pictures = [open_image(file) for file in files]
+    draw_captions(path, pictures, captions, columns=min(4, len(files)))
+    print(f"drawn in {path}")
+
+
+def save(config, method, trained, optimizers, step, tokenizer_file, c):
+    """The adapter is for use, and knows its model; the checkpoint is for going on."""
+    out_dir = config["out_dir"]
+    tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
+    where = {}
+    for key in ("paligemma", "tokenizer", "siglip", "gemma"):
+        value = config[key]
+        where[key] = os.path.abspath(value) if value and os.path.exists(value) else value
+    settings = where | method
+    settings |= dict(prompt_text=config["prompt_text"], max_length=config["max_length"])
+    own_tokenizer = os.path.join(out_dir, "tokenizer.model")
+    if method["trainable"] == "all" and not os.path.exists(own_tokenizer):
+        shutil.copyfile(tokenizer_file, own_tokenizer)
+    save_adapter(os.path.join(out_dir, "adapter.safetensors"), tensors, settings, c)
+    save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
+        trained=tensors, optimizers=[opt.state_dict() for opt in optimizers], step=step,
+        settings=config))
+
+
+def print_step(row, n_steps, seconds_left):
+    print(f"step {row['step']:5d}/{n_steps} | loss {row['loss']:.4f} | norm {row['norm']:.2f} | "
+          f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {seconds_left / 60:.1f} min left", flush=True)
+
+
+def draw_results(out_dir, files, captions, references, rows):
+    plot(os.path.join(out_dir, "curves.png"),
+         {"loss (nats a token)": {"train": curve(rows, "loss")},
+          "perplexity of held-out captions": {"": curve(rows, "perplexity")}})
+    spread = np.unique(np.linspace(0, len(files) - 1, 12).astype(int))
+    draw_captions(os.path.join(out_dir, "captions.png"), [open_image(files[i]) for i in spread],
+                  [f"{captions[i]}\n({references[i][0]})" for i in spread])
+
+
+def print_results(out_dir, results, captions, references, scores, seconds):
+    print("\ncaptions of pictures it was not trained on, and what a person wrote:")
+    for caption, of_image in list(zip(captions, references))[:5]:
+        print(f"  {caption:<62} | {of_image[0]}")
+    print(f"\n{results_table([results])}")
+    print(", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores.items()))
+    print(f"look at {out_dir}/captions.png, curves.png; {seconds:.0f} s")
 
 
 # --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    # ---- what is asked for
     t_start = time.time()
     config = configure(globals(), preset)
     check_settings(config)
@@ -1545,77 +1431,38 @@ if __name__ == "__main__":
         die("what is trained here is small: run it as one process, without torchrun")
     device, frozen_dtype = process.device, process.dtype
     process = process._replace(dtype=torch.float32)  # no autocast: each layer knows its own dtype
+
+    # ---- only a table of memory, or of all methods
     if memory:
         report_memory(device)
         sys.exit(0)
     is_demo = compare and data == DEMO["data"] and paligemma == DEMO["paligemma"]
     if is_demo and init_from == "scratch":
         prepare_demo(seed, max_steps)
-    data_name = os.path.basename(os.path.normpath(data or "zero-shot"))
     if compare:
-        folder = out_dir or f"out/prompt_{data_name}_all"
+        folder = out_dir or default_out_dir(config, "all")
         table = results_table(compare_methods(config, folder))
-        print(
-            f"\n{table}\n\nlook at {folder}/comparison.png, curves.png and each run's "
-            f"captions.png; {time.time() - t_start:.0f} s in all"
-        )
+        print(f"\n{table}\n\nlook at {folder}/comparison.png, curves.png and each run's "
+              f"captions.png; {time.time() - t_start:.0f} s in all")
         sys.exit(0)
 
     # ---- where the run goes. A run is never trained over
     kind = "stack" if stack else prompt if trainable == "none" else trainable
-    if out_dir is None:
-        out_dir = f"out/prompt_{data_name}_{kind}" + f"_{soft_position}" * (prompt == "soft")
-        if init_from.endswith(".safetensors") and image:
-            out_dir = os.path.dirname(init_from)
-        elif init_from.endswith(".safetensors") and eval_only:
-            out_dir = os.path.join(os.path.dirname(init_from), "eval")
+    out_dir = config["out_dir"] = out_dir or default_out_dir(config, kind)
     checkpoint_path = os.path.join(out_dir, "ckpt.pt")
-    if os.path.exists(checkpoint_path) and init_from != "resume" and not image:
-        die(
-            f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
-            f"or name "
-            "another out_dir="
-        )
     if not image:
-        print_settings(config | dict(out_dir=out_dir))
+        if os.path.exists(checkpoint_path) and init_from != "resume":
+            die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
+                "or name another out_dir=")
+        print_settings(config)
         lock_folder(out_dir)
 
     # ---- the model
     torch.manual_seed(seed)
-    source = gemma if stack else paligemma
-    method = dict(
-        prompt=prompt,
-        n_soft=n_soft,
-        soft_position=soft_position,
-        trainable=trainable,
-        prefix_order=prefix_order,
-        lora_rank=lora_rank,
-        stack=stack,
-    )
-    tokenizer_file = os.path.join(out_dir, "tokenizer.model")
-    if source == "small":
-        captions = []
-        for folder in data.split(","):
-            for of_image in load_captions(folder, "train2017")[1]:
-                captions += of_image
-        if init_from == "scratch":
-            learn_tokenizer(tokenizer_file, captions)
-        model = random_model(SimpleNamespace(**SMALL), device)
-    else:
-        path = locate(source)
-        tokenizer_file = find_tokenizer(tokenizer, path)
-        Tokenizer(tokenizer_file)  # before minutes of loading
-        c, *_ = open_model(path, siglip if stack else None)
-        if c.n_embd > 1000:
-            check_memory(c, device, frozen_dtype, batch_size, method)
-        model = PaliGemma.from_pretrained(path, device, frozen_dtype, siglip if stack else None)
+    method = dict(prompt=prompt, n_soft=n_soft, soft_position=soft_position, trainable=trainable,
+                  prefix_order=prefix_order, lora_rank=lora_rank, stack=stack)
+    model, tokenizer_file = load_paligemma(config, method, device, frozen_dtype)
     c, encoding = model.config, Tokenizer(tokenizer_file)
-    if not 0 <= c.vocab_size - encoding.n_vocab < 128:  # tables are padded, to multiples of 64, 128
-        die(
-            f"{tokenizer_file} has {encoding.n_vocab:,} tokens, and {source} {c.vocab_size:,} rows "
-            "for them: they don't belong together"
-        )
-    model.language_model.n_words = encoding.n_vocab
 
     # ---- the prompts, and what is trained
     # encoded apart: "\n" must not become part of the last word's token
@@ -1624,103 +1471,68 @@ if __name__ == "__main__":
     if len(prompts) > 1:
         print(f"{len(prompts)} prompts, one a step, in turn: {texts}")
     prompted = PromptedPaliGemma(model, encoding.bos, prompts[0], **method)
-    trained, total = prompted.trained(), sum(p.numel() for p in prompted.parameters())
+    trained = prompted.trained()
     n_trained = sum(p.numel() for p in trained.values())
+    total = sum(p.numel() for p in prompted.parameters())
     if gradient_checkpointing is None:
         gradient_checkpointing = total > 1e9
     model.language_model.gradient_checkpointing = gradient_checkpointing
-    saved, resumed = {}, None
+    resumed = None
     if init_from == "resume":
         resumed = load_checkpoint(checkpoint_path)
-        saved = resumed["trained"]
+        restore(trained, resumed["trained"], checkpoint_path)
     elif init_from != "scratch":
-        saved = load_adapter(init_from)[0]
-        if os.path.abspath(init_from) == os.path.abspath(source):
-            saved = {k: tensor for k, tensor in saved.items() if k in trained}
-    if saved and trained:
-        check_shapes(
-            init_from,
-            {k: p.shape for k, p in trained.items()},
-            {k: tensor.shape for k, tensor in saved.items()},
-        )
-        for key, tensor in saved.items():
-            trained[key].data.copy_(tensor)
+        restore(trained, load_adapter(init_from)[0], init_from, gemma if stack else paligemma)
     if image:
-        caption_pictures(
-            prompted, image.split(","), c.image_size, encoding, max_length, beam, out_dir, device
-        )
+        caption_pictures(prompted, image.split(","), c.image_size, encoding, max_length, beam,
+                         out_dir, device)
         sys.exit(0)
-    tasks, judged, (subset_captions, subset) = load_tasks(data, c.image_size, encoding, max_length)
-    split, images, references, pictures = judged
+
+    # ---- pictures and captions
+    tasks, scored, (subset_captions, subset) = load_tasks(data, c.image_size, encoding, max_length)
+    split, images, references, pictures = scored
     captions = TokenizedCaptions(references, encoding, max_length)
     n_cut = captions.cut + sum(task_captions.cut for task_captions, _ in tasks)
     if n_cut:
         print(f"{n_cut:,} captions have more than max_length={max_length} tokens and are cut")
 
-    # ---- the loop
-    is_small = c.n_embd < 1000
-    optimizer = optimizer or ("sgd" if trainable == "attention" and not is_small else "adamw")
-    learning_rate = learning_rate or RATES[kind][is_small]
-    soft_scale = 1.0
-    if prompt == "soft" and trainable != "none":
-        soft_scale = RATES["soft"][is_small] / RATES[kind][is_small]
+    # ---- the optimizer
+    optimizer, learning_rate, soft_scale = choose_rates(config, kind, is_small=c.n_embd < 1000)
+    config["optimizer"] = optimizer
     optimizers = make_optimizer(prompted, optimizer, soft_scale) if trained else []
     step, n_steps = 0, max_steps if trained and not eval_only else 0
     if resumed:
         if not eval_only:
             resume_optimizers(optimizers, resumed, checkpoint_path)
         step = resumed["step"]
-        warn_changed(config | dict(optimizer=optimizer), resumed, " ".join(RESUMED))
+        warn_changed(config, resumed, " ".join(RESUMED))
+
+    # ---- the loop
     n_pictures = sum(len(task_pictures) for _, task_pictures in tasks)
-    print(
-        f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | {n_pictures:,} "
-        f"pictures to train on, {len(images):,} to be judged by ({split}) | {device}",
-        flush=True,
-    )
-    wandb = start_wandb(config | dict(out_dir=out_dir)) if wandb_log else None
-    log = Log(
-        os.path.join(out_dir, "log.csv"),
-        ["step", "loss", "perplexity", "lr", "norm", "ms"],
-        math.inf if eval_only else step,
-        wandb,
-    )
+    print(f"{n_trained:,} trained parameters, {n_trained / total:.2%} of {total:,} | "
+          f"{n_pictures:,} pictures to train on, {len(images):,} to be scored ({split}) | {device}",
+          flush=True)
+    log = Log(os.path.join(out_dir, "log.csv"),
+              ["step", "loss", "perplexity", "lr", "norm", "ms"], math.inf if eval_only else step,
+              start_wandb(config) if wandb_log else None)
     asked_to_stop = stop_signals()
     t0, first_step = time.time(), step
     while not eval_only:
+        # evaluate on some held-out captions, and save
         row = dict(step=step)
         if step % eval_interval == 0 or step >= n_steps:
             prompted.ask(prompts[0])
-            row["perplexity"] = perplexity(
-                prompted, subset, subset_captions, process, rows_at_once=batch_size
-            )
+            row["perplexity"] = perplexity(prompted, subset, subset_captions, process,
+                                           rows_at_once=batch_size)
             check_finite(step, row["perplexity"], "the perplexity of held-out captions")
-            print(
-                f"step {step:5d}/{n_steps} | perplexity of {len(subset)} held-out captions "
-                f"{row['perplexity']:.3f}",
-                flush=True,
-            )
+            print(f"step {step:5d}/{n_steps} | perplexity of {len(subset)} held-out captions "
+                  f"{row['perplexity']:.3f}", flush=True)
         if step > first_step and ("perplexity" in row or asked_to_stop):
-            # the adapter is for use, and knows its model; the checkpoint is for going on
-            tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
-            where = {k: config[k] for k in ("paligemma", "tokenizer", "siglip", "gemma")}
-            where = {
-                k: os.path.abspath(v) if v and os.path.exists(v) else v for k, v in where.items()
-            }
-            settings = where | method | dict(prompt_text=prompt_text, max_length=max_length)
-            if trainable == "all" and not os.path.exists(os.path.join(out_dir, "tokenizer.model")):
-                shutil.copyfile(tokenizer_file, os.path.join(out_dir, "tokenizer.model"))
-            save_adapter(os.path.join(out_dir, "adapter.safetensors"), tensors, settings, c)
-            save_checkpoint(
-                checkpoint_path,
-                dict(
-                    trained=tensors,
-                    optimizers=[opt.state_dict() for opt in optimizers],
-                    step=step,
-                    settings=config | dict(optimizer=optimizer),
-                ),
-            )
+            save(config, method, trained, optimizers, step, tokenizer_file, c)
         if step >= n_steps or asked_to_stop:
             break
+
+        # one step
         t1 = time.time()
         task_captions, task_pictures = tasks[step % len(tasks)]
         prompted.ask(prompts[step % len(prompts)])
@@ -1728,19 +1540,15 @@ if __name__ == "__main__":
         numbers, chosen = training_batch(step // len(tasks), batch_size, task_captions, seed)
         idx, targets = task_captions.batch(chosen, device)
         pixels = read_features(task_pictures, numbers, device)
-        loss = prompted(idx, pixels, targets) / (targets >= 0).sum()
+        loss = prompted(idx, pixels, targets) / task_captions.count(chosen)
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, n_steps)
         norm = optimizer_step(prompted, optimizers, lr, grad_clip, step)
-        row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=(time.time() - t1) * 1000)
+        row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=1000 * (time.time() - t1))
         log.add(**row)
         if step % log_interval == 0 or step == n_steps - 1:
             seconds_left = (time.time() - t0) / (step + 1 - first_step) * (n_steps - step - 1)
-            print(
-                f"step {step:5d}/{n_steps} | loss {row['loss']:.4f} | norm {norm:.2f} | "
-                f"lr {lr:.2e} | {row['ms']:.0f} ms | {seconds_left / 60:.1f} min left",
-                flush=True,
-            )
+            print_step(row, n_steps, seconds_left)
         step += 1
     if asked_to_stop:
         print(f"stopped at step {step}; go on with out_dir={out_dir} init_from=resume")
@@ -1748,51 +1556,19 @@ if __name__ == "__main__":
     if not eval_only:
         log.add(**row)
 
-    # ---- judged on the whole split, a batch at a time: less memory than a training step takes
+    # ---- scored on the whole split, a batch at a time: less memory than a training step takes
     prompted.ask(prompts[0])
     candidates = caption_split(prompted, pictures, encoding, max_length, process, beam, batch_size)
-    scores, _ = score(candidates, references)
-    right, wrong = (
-        perplexity(prompted, pictures, captions, process, which_image, batch_size)
-        for which_image in ("right", "wrong")
-    )
+    scores = score(candidates, references)[0]
     ms = [r["ms"] for r in log.rows if r.get("ms")]
     peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
-    results = dict(
-        way=kind,
-        trained=n_trained,
-        peak_GB=peak / 1e9,
-        seconds_per_step=float(np.median(ms or 0)) / 1000,
-        perplexity=right,
-        perplexity_wrong_picture=wrong,
-        **scores,
-        step=step,
-        split=split,
-        settings=config,
-    )
-    coco_results = [
-        dict(image_id=entry["id"], caption=caption) for entry, caption in zip(images, candidates)
-    ]
+    results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9,
+                   seconds_per_step=float(np.median(ms or 0)) / 1000, **scores, step=step,
+                   split=split, settings=config)
+    for name, which_image in (("", "right"), ("_wrong_picture", "wrong")):
+        results["perplexity" + name] = perplexity(prompted, pictures, captions, process,
+                                                  which_image, batch_size)
     save_json(os.path.join(out_dir, "results.json"), results, indent=1)
-    save_json(os.path.join(out_dir, f"captions_{split}.json"), coco_results, indent=1)
-    plot(
-        os.path.join(out_dir, "curves.png"),
-        {
-            "loss (nats a token)": {"train": curve(log.rows, "loss")},
-            "perplexity of held-out captions": {"": curve(log.rows, "perplexity")},
-        },
-    )
-    spread = np.unique(np.linspace(0, len(images) - 1, 12).astype(int))
-    draw_captions(
-        os.path.join(out_dir, "captions.png"),
-        [open_image(pictures.files[i]) for i in spread],
-        [f"{candidates[i]}\n({references[i][0]})" for i in spread],
-    )
-    print("\ncaptions of pictures it was not trained on, and what a person wrote:")
-    for candidate, refs in list(zip(candidates, references))[:5]:
-        print(f"  {candidate:<62} | {refs[0]}")
-    print(
-        f"\n{results_table([results])}\n"
-        f"{', '.join(f'{metric} {100 * value:.1f}' for metric, value in scores.items())}\n"
-        f"look at {out_dir}/captions.png, curves.png; {time.time() - t_start:.0f} s"
-    )
+    save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, candidates)
+    draw_results(out_dir, pictures.files, candidates, references, log.rows)
+    print_results(out_dir, results, candidates, references, scores, time.time() - t_start)
