@@ -67,6 +67,7 @@ shapes = 0                  # >= 0: draw this many training scenes, and a twenti
 risc_csv: str = None        # convert RISC: its captions.csv, with the folder resized/ beside it
 karpathy_json: str = None   # convert a data set in Karpathy's format: its dataset_*.json
 pictures: str = None        # the folder of the converted set's pictures; None = beside its file
+turned = False              # converting: add the training pictures turned and mirrored, 8 in all
 karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
 encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
 pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
@@ -425,11 +426,39 @@ def read_karpathy(path, pictures=None):
     return entries
 
 
-def convert(entries, data):
+def turn(path, k, target):
+    """Writes the picture `path` in its orientation k: turned by k % 4 right angles; k > 3 mirrors."""
+    image = open_image(path)
+    image = ImageOps.mirror(image) if k > 3 else image
+    image = image.rotate(90 * (k % 4), expand=True)
+    image.save(target + ".tmp", "JPEG", quality=95)
+    os.replace(target + ".tmp", target)
+
+
+def add_turned(content, paths, folder):
+    """Adds 7 further orientations of each picture to the content of a captions file."""
+    captions = {}
+    for row in content["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for image, path in zip(tqdm(list(content["images"]), desc="turning", mininterval=1), paths):
+        stem = os.path.splitext(image["file_name"])[0]
+        for k in range(1, 8):
+            name = f"{stem}_turned{k}.jpg"
+            turn(path, k, os.path.join(folder, name))
+            content["images"].append(dict(id=f"{image['id']}_turned{k}", file_name=name))
+            for caption in captions[image["id"]]:
+                number = len(content["annotations"]) + 1
+                content["annotations"].append(dict(id=number, image_id=f"{image['id']}_turned{k}",
+                                                   caption=caption))
+
+
+def convert(entries, data, turned=False):
     """
-    Writes what read_risc and read_karpathy return as a data set in the folder `data`. Its pictures
-    are hard links, where the file system has them. Pictures that are missing or have no caption are
-    left out and counted. Nothing is written if the entries are not a data set.
+    Writes what read_risc and read_karpathy return as a data set in the folder `data`, and its
+    training captions alone, in random order, as train_captions.txt. Its pictures are hard links,
+    where the file system has them. Pictures that are missing or have no caption are left out and
+    counted. Nothing is written if the entries are not a data set. turned: each training picture is
+    there in 8 orientations, each with all its captions; a picture from above has no upright one.
     """
     sets, files, left_out, n_empty = {}, {}, [], 0
     for split, image_id, path, captions in entries:
@@ -461,6 +490,8 @@ def convert(entries, data):
             value, times = values.most_common(1)[0]
             if times > 1:
                 die(f"{times} pictures of {split} have the {key} {value}: each needs its own")
+    lines = [row["caption"] for row in sets["train2017"]["annotations"]]
+    random.Random(0).shuffle(lines)
     for split, paths in files.items():
         folder = os.path.join(data, split)
         os.makedirs(folder, exist_ok=True)
@@ -472,6 +503,10 @@ def convert(entries, data):
                 except OSError:  # another disk, or a file system without links
                     shutil.copyfile(path, target + ".tmp")
                     os.replace(target + ".tmp", target)
+    if turned:
+        add_turned(sets["train2017"], files["train2017"], os.path.join(data, "train2017"))
+    text = "".join(" ".join(line.split()) + "\n" for line in lines).encode()
+    save_atomically(os.path.join(data, "train_captions.txt"), lambda file: file.write(text))
     # the captions come last, train and val after test: once they are there, all is there
     for split in sorted(sets):
         save_json(captions_file(data, split), sets[split])
@@ -881,6 +916,9 @@ class Timm(nn.Module):
             if unused:
                 print(f"{weights_file}: {', '.join(unused)} (its classification head) are not used")
             state = {key: w for key, w in state.items() if key not in unused}
+            for key, w in self.model.state_dict().items():
+                if key.endswith("num_batches_tracked"):  # not every exporter writes this count
+                    state.setdefault(key, w)
             load_weights(self.model, state, weights_file)
         elif pretrained == "none":
             warn_random_weights(name)
@@ -947,9 +985,12 @@ def fingerprint(encoder):
 @torch.no_grad()
 def encode(encoder, pictures, process):
     """Preprocessed pictures, a list of tensors, -> float16 features (B, S, W), a numpy array."""
+    # a CPU gets 8 pictures at a time: more activations than its caches hold make a CNN slower
+    pixels = torch.stack(pictures)
+    parts = pixels.split(8) if process.device == "cpu" else [pixels]
     with process.autocast():
-        features = encoder(torch.stack(pictures).to(process.device))
-    return features.to("cpu", torch.float16).numpy()
+        features = [encoder(part.to(process.device)) for part in parts]
+    return torch.cat(features).to("cpu", torch.float16).numpy()
 
 
 def preprocess_file(encoder, path):
@@ -1204,9 +1245,9 @@ if __name__ == "__main__":
         elif shapes:
             draw_shapes(data, shapes, seed)
         elif risc_csv:
-            convert(read_risc(risc_csv, pictures), data)
+            convert(read_risc(risc_csv, pictures), data, turned)
         else:
-            convert(read_karpathy(karpathy_json, pictures), data)
+            convert(read_karpathy(karpathy_json, pictures), data, turned)
     else:
         empty = not os.path.isdir(data) or not os.listdir(data)
         # COCO's zips are there until all of it is unpacked

@@ -88,6 +88,7 @@ min_lr = 1e-4               # >= 0: where the cosine ends
 warmup_steps = 0            # >= 0
 max_steps = 7_392           # >= 1: 8 epochs of 118,287 pictures
 weight_decay = 0.1          # >= 0
+ema = 0.0                   # >= 0, < 1: keep a moving average of the weights, with this decay
 beta2 = 0.95                # >= 0, < 1: of AdamW; beta1 is 0.9
 grad_clip = 1.0             # >= 0: largest norm of the gradient; 0 = no clipping
 scst = False                # train on CIDEr itself, from a run that init_from= names
@@ -116,7 +117,7 @@ DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger",
             beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
 # What a run takes over from the run that it starts from, and what a resumed run takes over.
 INHERITED = ("data gpt encoder fusion every n_query dropout shuffle batch_size max_length "
-             "optimizer weight_decay beta2").split()
+             "optimizer weight_decay beta2 ema").split()
 RESUMED = INHERITED + ("learning_rate min_lr warmup_steps max_steps grad_clip scst samples "
                        "eval_interval log_interval single_reference seed").split()
 VARIANTS = [("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1)]
@@ -870,6 +871,37 @@ def preset(typed):
 # the parts of a run, in the order of use
 
 
+class MovingAverage:
+    """
+    Exponential moving average of the trained weights (Polyak and Juditsky 1992). Each step moves
+    the weights to and fro around a better place; the average is nearer to it. With few pictures
+    that is worth a lot.
+    """
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        self.other = [p.detach().clone() for p in self.weights]
+
+    @torch.no_grad()
+    def update(self, step):
+        # the first steps, far from the end, are soon forgotten
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for average, p in zip(self.other, self.weights):
+            average.lerp_(p, 1 - decay)
+
+    @torch.no_grad()
+    def go_on_from(self, last_weights):
+        """Resuming: a checkpoint's model is the average, and beside it are the last weights."""
+        for p, last in zip(self.weights, last_weights):
+            p.copy_(last)
+
+    def swap(self):
+        """Puts the average into the model, or the weights of the last step back."""
+        for i, p in enumerate(self.weights):
+            p.data, self.other[i] = self.other[i], p.data
+
+
 def check_settings(config, process):
     """Refuses settings that do not go together."""
     c = config
@@ -932,9 +964,9 @@ def load_model_to_train(config, width, weights, process):
         model = Captioner(gpt_model, config["fusion"], config["every"], width, config["n_query"],
                           config["dropout"])
         return model, tokenizer, None
-    # eval_only evaluates the best checkpoint, training goes on from the last one
+    # Resuming goes on from the last checkpoint. Evaluation and a new run start from the best one.
     path = run_file(out_dir if init_from == "resume" else init_from,
-                    "best.pt" if config["eval_only"] else "ckpt.pt")
+                    "ckpt.pt" if init_from == "resume" and not config["eval_only"] else "best.pt")
     checkpoint, model = load_run(path)
     saved = checkpoint["settings"] | {k: checkpoint[k] for k in ("width", "weights")}
     now = config | dict(width=width, weights=weights)
@@ -1105,6 +1137,11 @@ if __name__ == "__main__":
             resume_optimizers(optimizers, checkpoint, out_dir)
         if rank == 0:
             warn_changed(config, checkpoint, " ".join(RESUMED) + " dtype")
+    average = None
+    if ema and not eval_only:
+        average = MovingAverage(raw_model, ema)
+        if init_from == "resume" and checkpoint.get("last_weights"):
+            average.go_on_from(checkpoint["last_weights"])
     # `model` trains. raw_model has the same weights, and is what evaluates, captions and is saved.
     model = torch.compile(raw_model) if compile else raw_model
     if world_size > 1:
@@ -1137,8 +1174,11 @@ if __name__ == "__main__":
     best_evaluation = None  # of best.pt, if this process evaluated it
     t0, first_step = time.time(), step
     while not eval_only:
-        # evaluate on the whole held-out split, and save
+        # evaluate on the whole held-out split, and save; with ema the average of the weights
         row, is_best = dict(step=step), False
+        swapped = average and (step % eval_interval == 0 or step >= max_steps or stop)
+        if swapped:
+            average.swap()
         if (step % eval_interval == 0 or step >= max_steps) and not stop:
             evaluation = evaluate(raw_model, *held_out)
             row |= dict(perplexity=perplexity(raw_model, val_features, val_captions, process),
@@ -1156,7 +1196,10 @@ if __name__ == "__main__":
                 model=raw_model.state_dict(), step=step, best=best, settings=config,
                 optimizers=[opt.state_dict() for opt in optimizers], gpt_config=asdict(gpt_config),
                 width=W, tokenizer=tokenizer_source, pretrained=metadata.get("pretrained"),
-                weights=metadata.get("weights"), tagger=tagger), is_best)
+                weights=metadata.get("weights"), tagger=tagger,
+                last_weights=average.other if swapped else None), is_best)
+        if swapped:
+            average.swap()
         if step >= max_steps or stop:
             break
 
@@ -1175,6 +1218,8 @@ if __name__ == "__main__":
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, max_steps)
         norm = optimizer_step(raw_model, optimizers, lr, grad_clip, step)
+        if average:
+            average.update(step)
         # all processes stop after the same step
         loss, reward, stop = all_reduce_sum(process, loss.item() / world_size,
                                             reward / world_size, len(asked_to_stop))

@@ -24,6 +24,7 @@ goes on with init_from=resume, with the settings that it had, and repeats the sa
 Writes out_dir/{ckpt.pt, best.pt, log.csv, curves.png, samples.txt}.
 """
 import csv
+import ctypes
 import glob
 import io
 import json
@@ -721,6 +722,19 @@ def has_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def keep_freed_memory():
+    """
+    Linux's malloc gives blocks above 32 MB back to the system at once, and each new one then costs
+    a page fault every 4 kB. Activations are such blocks. To keep them instead makes a CNN 2 to 3
+    times faster on a CPU.
+    """
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        libc = ctypes.CDLL("libc.so.6")
+        m_mmap_threshold, m_trim_threshold = -3, -1  # as in malloc.h
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
 def setup(device, dtype):
     """
     Under torchrun, one process a GPU (nccl) or a CPU worker (gloo); else one process on the best
@@ -754,6 +768,8 @@ def setup(device, dtype):
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),
                                 device_id=torch.device(device) if cuda else None)
         sys.excepthook = report_lost_process
+    if device_type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     return Process(rank, world_size, device, getattr(torch, dtype))
 
