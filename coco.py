@@ -29,6 +29,7 @@ are used as they are.
 import csv
 import difflib
 import filecmp
+import functools
 import glob
 import hashlib
 import itertools
@@ -67,7 +68,7 @@ shapes = 0                  # >= 0: draw this many training scenes, and a twenti
 risc_csv: str = None        # convert RISC: its captions.csv, with the folder resized/ beside it
 karpathy_json: str = None   # convert a data set in Karpathy's format: its dataset_*.json
 pictures: str = None        # the folder of the converted set's pictures; None = beside its file
-turned = False              # converting: add the training pictures turned and mirrored, 8 in all
+turned = False              # pictures from above: each counts in 8 orientations, see README
 karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
 encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
 pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
@@ -427,7 +428,7 @@ def read_karpathy(path, pictures=None):
 
 
 def turn(path, k, target):
-    """Writes the picture `path` in its orientation k: turned by k % 4 right angles; k > 3 mirrors."""
+    """Writes the picture `path` in orientation k: mirrored if k > 3, turned k % 4 times by 90."""
     image = open_image(path)
     image = ImageOps.mirror(image) if k > 3 else image
     image = image.rotate(90 * (k % 4), expand=True)
@@ -949,10 +950,11 @@ class Timm(nn.Module):
         return features.flatten(2).transpose(1, 2)  # (B, W, rows, columns) -> (B, S, W)
 
 
-def load_encoder(name, pretrained=None, tagger=None):
+def load_encoder(name, pretrained=None, tagger=None, turned=False):
     """
     The frozen image encoder `name`. pretrained, for open_clip and timm: a tag, a local file, none
-    (random weights) or None (openai, or timm's default). tagger: what train_tagger saved.
+    (random weights) or None (openai, or timm's default). tagger: what train_tagger saved. turned:
+    `encode` takes the mean over 8 orientations.
     """
     if name == "patches":
         encoder = Patches()
@@ -963,6 +965,9 @@ def load_encoder(name, pretrained=None, tagger=None):
         encoder = Timm(name.removeprefix("timm/"), pretrained)
     else:
         encoder = OpenCLIP(name, pretrained or "openai")
+    encoder.turned = turned
+    if turned and (name in ("tagger", "patches") or encoder.grid[0] != encoder.grid[1]):
+        die(f"turned=True needs an encoder of open_clip or timm with square pictures, not {name}")
     return encoder.eval().requires_grad_(False)
 
 
@@ -982,14 +987,38 @@ def fingerprint(encoder):
 # encoding
 
 
+def mean_of_orientations(encoder, pixels):
+    """
+    The mean of an encoder's features (B, S, W) over the 8 orientations of pictures (B, 3, size,
+    size). Each map of features is turned back before, so that its tokens stay in their places.
+    """
+    rows, columns = encoder.grid
+    total = 0
+    for k in range(8):
+        turned = pixels.flip(3) if k > 3 else pixels
+        features = encoder(turned.rot90(k % 4, (2, 3)))  # (B, S, W)
+        n_prefix = features.shape[1] - rows * columns
+        grid = features[:, n_prefix:].unflatten(1, (rows, columns)).rot90(-(k % 4), (1, 2))
+        if k > 3:
+            grid = grid.flip(2)
+        total = total + torch.cat([features[:, :n_prefix], grid.flatten(1, 2)], 1)
+    return total / 8
+
+
 @torch.no_grad()
 def encode(encoder, pictures, process):
-    """Preprocessed pictures, a list of tensors, -> float16 features (B, S, W), a numpy array."""
+    """
+    Preprocessed pictures, a list of tensors, -> float16 features (B, S, W), a numpy array. If
+    encoder.turned is set, they are the mean over 8 orientations.
+    """
+    forward = encoder
+    if getattr(encoder, "turned", False):
+        forward = functools.partial(mean_of_orientations, encoder)
     # a CPU gets 8 pictures at a time: more activations than its caches hold make a CNN slower
     pixels = torch.stack(pictures)
     parts = pixels.split(8) if process.device == "cpu" else [pixels]
     with process.autocast():
-        features = [encoder(part.to(process.device)) for part in parts]
+        features = [forward(part.to(process.device)) for part in parts]
     return torch.cat(features).to("cpu", torch.float16).numpy()
 
 
@@ -1065,8 +1094,9 @@ def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=Fa
     metadata = made_by | manifest(images) | dict(done=0, bad=[])
     existing = [file for file in (path, part) if os.path.exists(file)]
     before = read_metadata(path) if existing else {}
-    for key, what in (("weights", "weights or layers of the encoder"), ("names", "pictures")):
-        if before.get(key, metadata[key]) != metadata[key]:
+    for key, what in (("weights", "weights or layers of the encoder"), ("names", "pictures"),
+                      ("turned", "orientations (turned=)")):
+        if key in metadata and before.get(key, metadata[key]) != metadata[key]:
             die(f"{existing[0]} was made with other {what}, or in another order: delete it to "
                 "encode again, or take another data=")
     if os.path.exists(path):
@@ -1285,13 +1315,15 @@ if __name__ == "__main__":
             if not os.path.exists(tagger_file):
                 train_tagger(data, teach_steps, seed)
             tagger = load_checkpoint(tagger_file)
-        image_encoder = load_encoder(encoder, pretrained, tagger)
+        image_encoder = load_encoder(encoder, pretrained, tagger, turned)
         made_by = dict(encoder=encoder, pretrained=getattr(image_encoder, "pretrained", None),
                        weights=fingerprint(image_encoder), grid=image_encoder.grid,
                        parameters=sum(p.numel() for p in image_encoder.parameters()))
         image_encoder.to(process.device)
         bad = []
         for split in splits:
+            # to train on there are the orientations themselves
+            image_encoder.turned = made_by["turned"] = turned and split != "train2017"
             bad += encode_split(data, split, made_by, image_encoder, batch_size, process, skip_bad)
         if bad:
             advice = "" if skip_bad else ", or leave them out with skip_bad=True"

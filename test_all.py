@@ -40,6 +40,7 @@ import pytest
 import sentencepiece
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from PIL import Image
 
 import cider
@@ -2181,6 +2182,28 @@ def test_converted_data_sets(tmp_path):
     assert not (tmp_path / "nothing").exists()
 
 
+def test_training_pictures_in_eight_orientations(tmp_path):
+    rows = np.arange(6)[:, None] * 40
+    columns = np.arange(9)[None] * 25
+    pixels = np.stack(np.broadcast_arrays(rows, columns, 0 * rows), -1).astype(np.uint8)
+    path = str(tmp_path / "a.png")
+    Image.fromarray(pixels).save(path)
+    entries = [("train", 7, path, ["one", "two"]), ("val", 8, path, ["three"])]
+    data = str(tmp_path / "set")
+    coco.convert(entries, data, turned=True)
+    images, captions = coco.load_captions(data, "train2017")
+    assert len(images) == 8 and captions == [["one", "two"]] * 8
+    assert len(coco.load_captions(data, "val2017")[0]) == 1
+    # the 8 orientations are all different, and each is one of numpy's
+    expected = [np.rot90(start, k) for start in (pixels, pixels[:, ::-1]) for k in range(4)]
+    for image, right in zip(images, expected):
+        picture = Image.open(os.path.join(data, "train2017", image["file_name"]))
+        difference = np.asarray(picture, dtype=int) - right
+        assert difference.shape == right.shape and abs(difference).mean() < 8  # jpeg; others differ by 40
+    text = (tmp_path / "set/train_captions.txt").read_text()
+    assert sorted(text.splitlines()) == ["one", "two"]
+
+
 @pytest.mark.parametrize("row, hint", [
     ("A,train,0.png,first one,second, with a comma,third,fourth,fifth", "line 3: it needs 8 fields"),
     ("A,train,0.png,one,two", "line 3: it needs 8 fields"),
@@ -2539,7 +2562,7 @@ def test_perplexity_is_of_all_tokens_whatever_the_batch():
 
 @pytest.fixture(scope="session")
 def trained(road):
-    run(f"{CAPTION_RUN} out_dir=out/caption_whole min_lr=3e-3", road)
+    run(f"{CAPTION_RUN} out_dir=out/caption_whole min_lr=3e-3 ema=0.9", road)
     return road
 
 
@@ -2560,8 +2583,26 @@ def test_caption_run_leaves_what_it_promises(trained):
     assert not [name for name in os.listdir(trained / "out/caption_whole") if name.endswith(".tmp")]
 
 
+def test_moving_average_of_the_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(0.0)
+    average = train_caption.MovingAverage(model, 0.5)
+    expected = 0.0
+    for step, value in enumerate((4.0, 8.0, 2.0)):
+        model.weight.data.fill_(value)
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    average.swap()
+    assert model.weight.item() == pytest.approx(expected)
+    assert average.other[0].item() == 2.0
+    average.swap()
+    assert model.weight.item() == 2.0
+
+
 def test_captioner_resumes_exactly(trained):
-    run(f"{CAPTION_RUN} out_dir=half max_steps=4 min_lr=3e-3", trained)
+    # ema too: a checkpoint holds the average, and beside it the weights of the last step
+    run(f"{CAPTION_RUN} out_dir=half max_steps=4 min_lr=3e-3 ema=0.9", trained)
     run(f"{CAPTION_RUN} out_dir=half min_lr=3e-3 init_from=resume", trained)
     for column in ("loss", "perplexity"):
         assert log_column(trained / "half/log.csv", column) == log_column(trained / "out/caption_whole/log.csv", column)
@@ -3562,8 +3603,68 @@ def bench_caption(process):
               f"{slow / fast:.1f} times as fast", flush=True)
 
 
+def step_gigabytes(model_of, loss_of):
+    """
+    Peak GB (1e9 bytes) of a training step with AdamW, matmuls in bfloat16, uncompiled. Computed on
+    fake tensors, which have shapes but no content. What a CUDA context takes is not in it.
+    """
+    with FakeTensorMode():
+        model = model_of()
+        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-5, 0.1)
+        with paligemma_prompt.LiveBytes() as live:
+            for _ in range(2):  # in the second, Adam's averages are there
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = loss_of(model)
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+    return live.peak / 1e9
+
+
+def gpt2_gigabytes(B, T=1024):
+    def loss_of(model):
+        idx = torch.zeros(B, T, dtype=torch.long)
+        return model(idx, idx)
+
+    # the loss takes 4,096 rows of logits at a time on CUDA, 512 here: in bfloat16 and in float32
+    more_logits = (4096 - 512) * 50304 * (2 + 4)
+    return step_gigabytes(lambda: GPT(GPTConfig()), loss_of) + more_logits / 1e9
+
+
+def captioner_gigabytes(B, fusion="xattn", T=16):
+    def model_of():
+        model = Captioner(GPT(GPTConfig()), fusion, 1, width=768)
+        model.to = lambda device: model  # fake tensors cannot be moved
+        return model.to_process(ALONE._replace(dtype=torch.bfloat16))
+
+    def loss_of(model):
+        idx = torch.zeros(B, T, dtype=torch.long)
+        x = model.hidden(idx, model.encode_image(torch.zeros(B, 50, 768)))
+        return model.gpt.cross_entropy(x.flatten(0, 1), idx.flatten())[0]
+
+    return step_gigabytes(model_of, loss_of)
+
+
+def bench_memory(process):
+    """What a training step takes at full size, for a choice of batch_size=. Needs no GPU."""
+    print("GPT-2 124M, 1,024 tokens a sequence, uncompiled, peak GB:")
+    for B in (8, 16, 32, 64, 128):
+        print(f"  batch_size={B:<4} {gpt2_gigabytes(B):6.1f}", flush=True)
+    for fusion in ("xattn", "linear", "qformer"):
+        print(f"captioner, fusion={fusion}, every=1, GPT-2 124M, 50 x 768, peak GB:")
+        for B in (128, 256, 512):
+            print(f"  batch_size={B:<4} {captioner_gigabytes(B, fusion):6.1f}", flush=True)
+
+
+def test_memory_of_a_step_grows_with_the_batch():
+    small, large = captioner_gigabytes(8), captioner_gigabytes(64)
+    # weights: 0.1 GB of GPT-2 in bfloat16, 85M trained numbers with gradients and two averages
+    assert 0.16 + 16 * 85e6 / 1e9 < small < large < 8 * small
+
+
 # settings of the benchmarks
-bench = "gpt2"              # one of gpt2 | generate | hellaswag | tokenize | cider | encode | caption
+bench = "gpt2"  # one of gpt2 | generate | hellaswag | tokenize | cider | encode | caption | memory
 n_layer = 12                # >= 1: of GPT-2; 124M parameters
 n_head = 12                 # >= 1
 n_embd = 768                # >= 1

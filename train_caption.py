@@ -79,6 +79,7 @@ fusion = "xattn"            # one of xattn | linear | qformer | all: all trains 
 every = 1                   # >= 1: xattn: a gated block before every k-th block of the GPT
 n_query = 32                # >= 1: qformer: number of learned queries
 dropout = 0.1               # >= 0, < 1: xattn, qformer: of the projected image features
+token_dropout = 0.0         # >= 0, < 1: share of the image tokens that a training step leaves out
 shuffle = False             # give each picture the features of another one, as a control
 batch_size = 128            # >= 1: pictures a step over all processes, each with one random caption
 max_length = 40             # >= 1: tokens of the longest caption; longer ones are cut and counted
@@ -116,8 +117,8 @@ DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger",
             optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
             beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
 # What a run takes over from the run that it starts from, and what a resumed run takes over.
-INHERITED = ("data gpt encoder fusion every n_query dropout shuffle batch_size max_length "
-             "optimizer weight_decay beta2 ema").split()
+INHERITED = ("data gpt encoder fusion every n_query dropout token_dropout shuffle batch_size "
+             "max_length optimizer weight_decay beta2 ema").split()
 RESUMED = INHERITED + ("learning_rate min_lr warmup_steps max_steps grad_clip scst samples "
                        "eval_interval log_interval single_reference seed").split()
 VARIANTS = [("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1)]
@@ -695,7 +696,8 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam):
     name = saved["encoder"]
     if name not in ("tagger", "patches") and not checkpoint["pretrained"]:
         die(f"{path} was trained on features of another program: it has no encoder for pictures")
-    image_encoder = load_encoder(name, checkpoint["pretrained"], checkpoint["tagger"])
+    image_encoder = load_encoder(name, checkpoint["pretrained"], checkpoint["tagger"],
+                                 checkpoint.get("turned", False))
     if fingerprint(image_encoder) != checkpoint["weights"]:
         die(f"the weights of {name} ({checkpoint['pretrained']}) are not those that {path} was "
             "trained with")
@@ -1013,7 +1015,7 @@ def make_sampler(model, references, tokenizer, max_length, samples):
     return sample
 
 
-def next_batch(step, batch_size, features, captions, seed, process, sample=None):
+def next_batch(step, batch_size, features, captions, seed, process, token_dropout=0, sample=None):
     """
     This process's part of a step's global batch -> the arguments of Captioner.forward, the number
     of their targets, and for scst the mean reward.
@@ -1021,7 +1023,11 @@ def next_batch(step, batch_size, features, captions, seed, process, sample=None)
     images, chosen = training_batch(step, batch_size, captions, seed)
     images = images[process.rank::process.world_size]
     chosen = chosen[process.rank::process.world_size]
-    x = read_features(features, images, process.device)
+    x = read_features(features, images, process.device)  # (B, S, W)
+    if token_dropout:
+        S = x.shape[1]
+        kept = torch.randperm(S)[:S - int(token_dropout * S)]
+        x = x[:, kept.to(x.device)]
     if sample is None:
         idx, targets = captions.batch(chosen, process.device)
         return (idx, x, targets), captions.count(chosen), 0.0
@@ -1197,6 +1203,7 @@ if __name__ == "__main__":
                 optimizers=[opt.state_dict() for opt in optimizers], gpt_config=asdict(gpt_config),
                 width=W, tokenizer=tokenizer_source, pretrained=metadata.get("pretrained"),
                 weights=metadata.get("weights"), tagger=tagger,
+                turned=val_metadata.get("turned", False),
                 last_weights=average.other if swapped else None), is_best)
         if swapped:
             average.swap()
@@ -1209,7 +1216,7 @@ if __name__ == "__main__":
         # scst without dropout: with it, the log-probabilities would not be of the sampling model
         raw_model.train(not scst)
         batch, n_tokens, reward = next_batch(step, batch_size, train_features, train_captions,
-                                             seed, process, sample)
+                                             seed, process, token_dropout, sample)
         total_tokens, = all_reduce_sum(process, n_tokens)
         with process.autocast():
             # The mean over the tokens of the global batch. DDP averages the gradients of the

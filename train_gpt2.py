@@ -315,29 +315,8 @@ class GPT(nn.Module):
         return load_model(name)[0]
 
     def save_pretrained(self, folder, encoding=None):
-        """
-        Writes config.json and model.safetensors, which transformers' GPT2LMHeadModel reads, and,
-        given the tokenizer, vocab.json and merges.txt, which its GPT2Tokenizer reads.
-        """
-        from safetensors.torch import save
-
-        c, state = self.config, self.state_dict()
-        del state["lm_head.weight"]  # the same matrix as wte
-        state["transformer.wte.weight"] = state["transformer.wte.weight"][:c.vocab_size]
-        for key, w in state.items():
-            state[key] = (w.t() if is_conv1d(key, w) else w).contiguous().cpu()
-        eot = encoding.eot_token if encoding else c.vocab_size - 1
-        config = dict(
-            model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
-            n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
-            bos_token_id=eot, eos_token_id=eot)
-        files = {"config.json": json.dumps(config, indent=1).encode(),
-                 "model.safetensors": save(state, metadata={"format": "pt"})}
-        if encoding:
-            files["vocab.json"], files["merges.txt"] = vocab_and_merges(encoding)
-        os.makedirs(folder, exist_ok=True)
-        for name, content in files.items():
-            save_atomically(os.path.join(folder, name), lambda f: f.write(content))
+        """Writes the model as transformers reads it, see `write_hugging_face`."""
+        write_hugging_face(self, folder, encoding)
 
 
 def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, generator=None):
@@ -570,6 +549,31 @@ def read_hugging_face(name):
     if os.path.exists(os.path.join(folder, "vocab.json")):
         tokenizer = fineweb.read_vocab(folder)
     return config, state, tokenizer
+
+
+def write_hugging_face(model, folder, encoding=None):
+    """
+    Writes config.json and model.safetensors, which transformers' GPT2LMHeadModel reads, and,
+    given the tokenizer, vocab.json and merges.txt, which its GPT2Tokenizer reads.
+    """
+    from safetensors.torch import save
+
+    c, state = model.config, model.state_dict()
+    del state["lm_head.weight"]  # the same matrix as wte
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:c.vocab_size]
+    for key, w in state.items():
+        state[key] = (w.t() if is_conv1d(key, w) else w).contiguous().cpu()
+    eot = encoding.eot_token if encoding else c.vocab_size - 1
+    config = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+                  n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                  bos_token_id=eot, eos_token_id=eot)
+    files = {"config.json": json.dumps(config, indent=1).encode(),
+             "model.safetensors": save(state, metadata={"format": "pt"})}
+    if encoding:
+        files["vocab.json"], files["merges.txt"] = vocab_and_merges(encoding)
+    os.makedirs(folder, exist_ok=True)
+    for name, content in files.items():
+        save_atomically(os.path.join(folder, name), lambda f: f.write(content))
 
 
 def load_weights(model, state, path):
