@@ -853,6 +853,7 @@ def test_logits_and_loss_equal_transformers(tmp_path):
 
 
 def test_transformers_loads_what_we_save(tmp_path):
+    coco.mend_torchvision()
     import transformers
     ours = small_gpt()
     ours.save_pretrained(str(tmp_path))
@@ -1082,6 +1083,28 @@ def test_llm_c_shards_are_read(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train_gpt2.Loader(str(tmp_path), "train", 10, 200)
         assert hint in capsys.readouterr().err
+
+
+def test_checkpoints_are_written_while_training_goes_on(tmp_path):
+    folder, weight = str(tmp_path), torch.ones(3)
+    writer = train_gpt2.BackgroundWriter()
+    writer.submit(folder, dict(model=dict(w=weight), step=1), True)
+    weight += 1  # the next step
+    writer.wait()
+    for name in ("ckpt.pt", "best.pt"):
+        saved = train_gpt2.load_checkpoint(str(tmp_path / name))
+        assert saved["model"]["w"].tolist() == [1, 1, 1] and saved["step"] == 1
+    writer.submit(str(tmp_path / "ckpt.pt/inside"), dict(step=2), False)  # no folder can be there
+    with pytest.raises(OSError):
+        writer.submit(folder, dict(step=3), False)
+
+
+def test_cudnn_attention_comes_first_on_hopper(monkeypatch):
+    for capability, first in (((9, 0), "CUDNN"), ((10, 3), "CUDNN"), ((8, 9), "FLASH")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        backends = train_gpt2.attention_backends("cuda:1")
+        assert backends[0].name == f"{first}_ATTENTION" and backends[-1].name == "MATH"
+    assert "CUDNN_ATTENTION" not in [b.name for b in train_gpt2.attention_backends("cpu")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -45,7 +45,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 import fineweb
 import hellaswag
@@ -1044,6 +1046,26 @@ def save_run(folder, checkpoint, is_best):
     os.replace(last + ".tmp", last)
 
 
+class BackgroundWriter:
+    """
+    Writes checkpoints while training goes on: 1.5 GB take a disk some seconds, for which all GPUs
+    would wait. submit() copies the tensors to CPU memory and returns.
+    """
+
+    def __init__(self):
+        self.pool, self.saving = ThreadPoolExecutor(1), None
+
+    def submit(self, folder, checkpoint, is_best):
+        """save_run(folder, checkpoint, is_best), after the one before. Raises what that raised."""
+        self.wait()
+        copy = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
+        self.saving = self.pool.submit(save_run, folder, copy, is_best)
+
+    def wait(self):
+        if self.saving:
+            self.saving.result()
+
+
 def load_checkpoint(path, mmap=None):
     """
     A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author.
@@ -1266,6 +1288,18 @@ def count_micro_batches(tokens_per_step, B, T, world_size):
     return tokens_per_step // unit
 
 
+def attention_backends(device):
+    """
+    The kernels that attention may use in training, best first. Users report cuDNN's to be about
+    twice as fast as torch's own choice on Hopper GPUs and later ones. It prepares itself for each
+    shape, so evaluation and generation, whose shapes change, stay with torch's choice.
+    """
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if "cuda" in device and torch.cuda.get_device_capability(device) >= (9, 0):
+        backends.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return backends
+
+
 def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad_clip, process,
                step=0):
     """
@@ -1281,7 +1315,7 @@ def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad
             # context manager model.no_sync(), would need the body of this loop twice. DDP reads
             # the flag in the forward pass.
             model.require_backward_grad_sync = micro == grad_accum_steps - 1
-        with process.autocast():
+        with process.autocast(), sdpa_kernel(attention_backends(process.device), set_priority=True):
             # gradients add up over the micro-batches: divided, they become those of the mean
             loss = model(rows[:, :-1], rows[:, 1:]) / grad_accum_steps
         loss.backward()
@@ -1341,7 +1375,8 @@ def print_start(model, n_tokens, config, shape, compiled, process):
     print(f"{n_params:,} parameters | {n_tokens:,} training tokens, {tokens_per_step:,} a step = "
           f"{max_steps * tokens_per_step / n_tokens:.1f} epochs | {process.world_size} process(es) "
           f"x {shape} on {process.device}{gpu}, {str(process.dtype).removeprefix('torch.')}, "
-          f"{'compiled' if compiled else 'not compiled'}", flush=True)
+          f"{'compiled' if compiled else 'not compiled'}, attention by "
+          f"{attention_backends(process.device)[0].name}", flush=True)
     if config["warmup_steps"] >= max_steps:
         print(f"warmup_steps={config['warmup_steps']}: in a run of max_steps={max_steps} the "
               "learning rate only rises")
@@ -1432,8 +1467,8 @@ if __name__ == "__main__":
     # ---- only samples, or an export
     sampling = dict(temperature=temperature, top_k=top_k, seed=seed, device=device)
     if prompt and rank == 0:
-        for text in continue_text(raw_model, get_tokenizer(tokenizer), prompt, 4, max_new_tokens,
-                                  **sampling):
+        encoding = get_tokenizer(tokenizer)
+        for text in continue_text(raw_model, encoding, prompt, 4, max_new_tokens, **sampling):
             print(">", text)
     if export and rank == 0:
         raw_model.save_pretrained(export, get_tokenizer(tokenizer))
@@ -1496,7 +1531,7 @@ if __name__ == "__main__":
 
     numbers = my_sequences(range(step, max_steps), grad_accum_steps, B, process)
     batches = train.batches(numbers, device)
-    asked_to_stop, stop = stop_signals(), 0
+    asked_to_stop, stop, writer = stop_signals(), 0, BackgroundWriter()
     t_start = time.time()
     while True:
         # evaluate; then save, before anything that may fail; then sample
@@ -1510,7 +1545,7 @@ if __name__ == "__main__":
         if rank == 0 and step > first_step and ("val_loss" in row or stop):
             is_best = row.get("val_loss", math.inf) < best
             best = min(best, row.get("val_loss", math.inf))
-            save_run(out_dir, dict(
+            writer.submit(out_dir, dict(
                 model=raw_model.state_dict(), step=step, best=best, settings=config,
                 optimizers=[opt.state_dict() for opt in optimizers],
                 model_config=asdict(raw_model.config), tokenizer=tokenizer), is_best)
@@ -1542,12 +1577,13 @@ if __name__ == "__main__":
         step += 1
 
     # ---- what came of it
+    writer.wait()
     if rank == 0:
         if not stop:
             log.add(**row)
+        on_fineweb = tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb")
         with going_on("curves.png"):
-            draw_curves(os.path.join(out_dir, "curves.png"), log.rows,
-                        tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb"))
-        print(f"stopped at step {step}; go on with init_from=resume" if stop else
-              f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}")
+            draw_curves(os.path.join(out_dir, "curves.png"), log.rows, on_fineweb)
+        done = f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}"
+        print(f"stopped at step {step}; go on with init_from=resume" if stop else done)
     finish(process)
