@@ -72,6 +72,7 @@ turned = False              # pictures from above: each counts in 8 orientations
 karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
 encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
 pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
+keep: str = None            # one of short | long: converting: two captions of each picture only
 skip_bad = False            # remove unreadable pictures from the json, instead of ending with them
 batch_size = 128            # >= 1: images
 teach_steps = 450           # >= 1: training steps of the tagger
@@ -453,13 +454,14 @@ def add_turned(content, paths, folder):
                                                    caption=caption))
 
 
-def convert(entries, data, turned=False):
+def convert(entries, data, turned=False, keep=None):
     """
     Writes what read_risc and read_karpathy return as a data set in the folder `data`, and its
     training captions alone, in random order, as train_captions.txt. Its pictures are hard links,
     where the file system has them. Pictures that are missing or have no caption are left out and
     counted. Nothing is written if the entries are not a data set. turned: each training picture is
     there in 8 orientations, each with all its captions; a picture from above has no upright one.
+    keep: only the two captions with the fewest words ("short") or the most ("long").
     """
     sets, files, left_out, n_empty = {}, {}, [], 0
     for split, image_id, path, captions in entries:
@@ -470,6 +472,9 @@ def convert(entries, data, turned=False):
                 die(f"{path}: a caption of it is {caption!r}, not text")
         texts = [caption.strip() for caption in captions if caption.strip()]
         n_empty += len(captions) - len(texts)
+        if keep:
+            texts.sort(key=lambda text: len(text.split()))
+            texts = texts[:2] if keep == "short" else texts[-2:]
         if not texts or not os.path.isfile(path):
             left_out.append(path)
             continue
@@ -1275,9 +1280,9 @@ if __name__ == "__main__":
         elif shapes:
             draw_shapes(data, shapes, seed)
         elif risc_csv:
-            convert(read_risc(risc_csv, pictures), data, turned)
+            convert(read_risc(risc_csv, pictures), data, turned, keep)
         else:
-            convert(read_karpathy(karpathy_json, pictures), data, turned)
+            convert(read_karpathy(karpathy_json, pictures), data, turned, keep)
     else:
         empty = not os.path.isdir(data) or not os.listdir(data)
         # COCO's zips are there until all of it is unpacked

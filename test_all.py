@@ -2217,6 +2217,10 @@ def test_training_pictures_in_eight_orientations(tmp_path):
     images, captions = coco.load_captions(data, "train2017")
     assert len(images) == 8 and captions == [["one", "two"]] * 8
     assert len(coco.load_captions(data, "val2017")[0]) == 1
+    words = ["a b c", "a", "a b c d", "a b"]
+    for keep, kept in (("short", ["a", "a b"]), ("long", ["a b c", "a b c d"])):
+        coco.convert([("train", 7, path, words)], str(tmp_path / keep), keep=keep)
+        assert coco.load_captions(str(tmp_path / keep), "train2017")[1] == [kept]
     # the 8 orientations are all different, and each is one of numpy's
     expected = [np.rot90(start, k) for start in (pixels, pixels[:, ::-1]) for k in range(4)]
     for image, right in zip(images, expected):
