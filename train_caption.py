@@ -53,14 +53,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 
 from fineweb import configure, die, download, get_tokenizer, lock_folder, print_settings
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_search,
-                        check_finite, curve, decode, finish, get_lr, load_checkpoint, load_model,
-                        load_weights, local_main_process_first, make_optimizers, optimizer_step,
-                        plot, pyplot, read_log, resume_optimizers, save_run, setup, start_wandb,
-                        stop_signals, warn_changed)
+                        check_finite, curve, decode, distribute, finish, get_lr, load_checkpoint,
+                        load_model, load_weights, local_main_process_first, make_optimizers,
+                        optimizer_step, plot, pyplot, read_log, resume_optimizers, save_run, setup,
+                        start_wandb, stop_signals, warn_changed)
 from cider import document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
                   open_image, save_json, splits_of, warn_overlap)
@@ -577,13 +576,16 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=
     plt.close(fig)
 
 
-def draw_results(folder, model, features, files, result, references, tokenizer, max_length,
-                 metadata, process):
+def draw_results(folder, model, metadata, pictures, evaluation, images, references, features,
+                 tokenizer, max_length, process):
     """
     captions.png: pictures spread over the split; best_worst.png: those with the highest and the
-    lowest CIDEr; for xattn attention.png, of three of the best. result: an Evaluation.
+    lowest CIDEr; for xattn attention.png, of three of the best. pictures: the folder of the split.
     """
-    candidates, cider = result.captions, result.cider
+    candidates, cider = evaluation.captions, evaluation.cider
+    files = [os.path.join(pictures, entry["file_name"]) for entry in images]
+    if not all(map(os.path.exists, files)):
+        return  # there may be features without pictures
 
     def titles(numbers, with_score):
         lines = []
@@ -880,10 +882,14 @@ class MovingAverage:
     that is worth a lot.
     """
 
-    def __init__(self, model, decay):
+    @torch.no_grad()
+    def __init__(self, model, decay, last_weights=None):
+        """last_weights: of a run that is resumed. Its checkpoint's model is the average."""
         self.decay = decay
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.other = [p.detach().clone() for p in self.weights]
+        for p, last in zip(self.weights, last_weights or []):
+            p.copy_(last)
 
     @torch.no_grad()
     def update(self, step):
@@ -891,12 +897,6 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, p in zip(self.other, self.weights):
             average.lerp_(p, 1 - decay)
-
-    @torch.no_grad()
-    def go_on_from(self, last_weights):
-        """Resuming: a checkpoint's model is the average, and beside it are the last weights."""
-        for p, last in zip(self.weights, last_weights):
-            p.copy_(last)
 
     def swap(self):
         """Puts the average into the model, or the weights of the last step back."""
@@ -936,13 +936,25 @@ def find_run(out_dir, init_from):
     return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "ckpt.pt")))
 
 
-def load_split(data, encoder, split, shuffle, seed):
-    """A split's images, their captions, features and the features' metadata."""
-    images, captions = load_captions(data, split)
-    features, metadata = load_features(data, encoder, split, images)
-    if shuffle:
-        features = np.random.default_rng(seed).permutation(features)
-    return images, captions, features, metadata
+def keep_other_runs(out_dir, init_from):
+    if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and init_from != "resume":
+        die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
+            f"caption pictures with image=a.jpg out_dir={out_dir}, or name another out_dir=")
+
+
+def load_splits(data, encoder, split, shuffle, seed):
+    """For train2017 and `split`: the images, their captions, features, the features' metadata."""
+    loaded = []
+    for name in ("train2017", split):
+        images, captions = load_captions(data, name)
+        features, metadata = load_features(data, encoder, name, images)
+        if shuffle:
+            features = np.random.default_rng(seed).permutation(features)
+        loaded.append((images, captions, features, metadata))
+    if loaded[0][3].get("weights") != loaded[1][3].get("weights"):
+        die(f"the {encoder} features of train2017 and {split} were made with different weights: "
+            "delete the wrong ones and encode again")
+    return loaded
 
 
 def move_if_it_fits(features, device, scst):
@@ -963,6 +975,10 @@ def load_model_to_train(config, width, weights, process):
     if init_from == "scratch":
         with local_main_process_first(process):
             gpt_model, tokenizer, _ = load_model(config["gpt"])
+        n_rows, n_tokens = gpt_model.config.vocab_size, get_tokenizer(tokenizer).n_vocab
+        if n_rows != n_tokens:
+            die(f"gpt={config['gpt']} has {n_rows:,} tokens, its tokenizer {n_tokens:,}: take a "
+                "GPT with its own tokenizer")
         model = Captioner(gpt_model, config["fusion"], config["every"], width, config["n_query"],
                           config["dropout"])
         return model, tokenizer, None
@@ -977,6 +993,15 @@ def load_model_to_train(config, width, weights, process):
     if other:
         die(f"{path} was trained with {', '.join(other)}: go on with the same")
     return model, checkpoint["tokenizer"], checkpoint
+
+
+def about_encoder(data, metadata):
+    """What a checkpoint says of the image encoder, so that image= can load it again."""
+    tagger = None
+    if metadata.get("encoder") == "tagger":
+        tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
+    return dict(pretrained=metadata.get("pretrained"), weights=metadata.get("weights"),
+                turned=metadata.get("turned", False), tagger=tagger)
 
 
 class Evaluation(NamedTuple):
@@ -997,6 +1022,27 @@ def evaluate(model, images, references, features, tokenizer, max_length, process
     captions = caption_split(model, features, tokenizer, max_length, process, beam)
     scores, per_image = score(captions, references)
     return Evaluation(captions, scores, per_image["CIDEr"], fraction_right(images, captions))
+
+
+def score_best(model, held_out, captions, evaluation, config):
+    """
+    The results of the best checkpoint, and the Evaluation that is drawn: by beam search if beam > 1
+    is set. held_out: the arguments of `evaluate`. evaluation: the greedy one, if it is known.
+    """
+    _, references, features, _, _, process = held_out
+    evaluation = evaluation or evaluate(model, *held_out)
+    table = {"greedy": evaluation.scores}
+    if config["single_reference"]:
+        table["greedy, one reference"] = published_protocol(evaluation.captions, references,
+                                                            config["seed"])
+    if config["beam"] > 1:
+        evaluation = evaluate(model, *held_out, config["beam"])
+        table[f"beam={config['beam']}"] = evaluation.scores
+    results = dict(fusion=config["fusion"], every=config["every"], **evaluation.scores,
+                   right=evaluation.right, scores=table, settings=config)
+    for name, which_image in (("", "right"), ("_wrong_picture", "wrong"), ("_no_picture", "none")):
+        results["perplexity" + name] = perplexity(model, features, captions, process, which_image)
+    return results, evaluation
 
 
 def make_sampler(model, references, tokenizer, max_length, samples):
@@ -1038,11 +1084,27 @@ def next_batch(step, batch_size, features, captions, seed, process, token_dropou
     return (idx, x, targets, image_idx, loss_weight), (targets >= 0).sum().item(), reward
 
 
+def read_gates(model):
+    """-> {name: tanh(gate)}, in one transfer from the device; {} if the model has no gates."""
+    gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate").detach()
+             for half in ("attn", "mlp") for layer, block in model.gated.items()}
+    if not gates:
+        return gates
+    return dict(zip(gates, torch.stack(list(gates.values())).tanh().tolist()))
+
+
 def save_captions(path, images, captions):
     """Writes a COCO results file, which cider.py scores."""
     rows = [dict(image_id=entry["id"], caption=caption)
             for entry, caption in zip(images, captions)]
     save_json(path, rows, indent=1)
+
+
+def print_start(train_features, val_features, trainable, total, process):
+    n, S, W = train_features.shape
+    print(f"{n:,} pictures to train on, {len(val_features):,} held out, {S} tokens x {W} each | "
+          f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | "
+          f"{process.world_size} process(es) on {process.device}", flush=True)
 
 
 def print_evaluation(row, max_steps, caption):
@@ -1107,31 +1169,23 @@ if __name__ == "__main__":
         compare_variants(out_dir, DEMO if is_demo else {}, split)
         print(f"{time.time() - t_start:.0f} s in all")
         sys.exit(0)
-    if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and init_from != "resume":
-        die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
-            f"caption pictures with image=a.jpg out_dir={out_dir}, or name another out_dir=")
+    keep_other_runs(out_dir, init_from)
     if rank == 0:
         print_settings(config)
         lock_folder(out_dir)
         warn_overlap(data, split)
 
     # ---- pictures and captions
-    train_images, train_references, train_features, metadata = load_split(
-        data, encoder, "train2017", shuffle, seed)
-    images, references, val_features, val_metadata = load_split(data, encoder, split, shuffle, seed)
-    if metadata.get("weights") != val_metadata.get("weights"):
-        die(f"the {encoder} features of train2017 and {split} were made with different weights: "
-            "delete the wrong ones and encode again")
-    S, W = train_features.shape[1:]
+    of_train, of_val = load_splits(data, encoder, split, shuffle, seed)
+    _, train_references, train_features, _ = of_train
+    images, references, val_features, metadata = of_val
+    W = train_features.shape[2]
     train_features = move_if_it_fits(train_features, device, scst)
 
     # ---- the frozen GPT and the fusion module
     raw_model, tokenizer_source, checkpoint = load_model_to_train(
         config, W, metadata.get("weights"), process)
-    gpt_config, tokenizer = raw_model.gpt.config, get_tokenizer(tokenizer_source)
-    if gpt_config.vocab_size != tokenizer.n_vocab:
-        die(f"gpt={gpt} has {gpt_config.vocab_size:,} tokens, its tokenizer {tokenizer.n_vocab:,}: "
-            "take a GPT with its own tokenizer")
+    tokenizer = get_tokenizer(tokenizer_source)
     raw_model.to_process(process)
     trainable = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in raw_model.parameters()) + metadata.get("parameters", 0)
@@ -1145,17 +1199,13 @@ if __name__ == "__main__":
             warn_changed(config, checkpoint, " ".join(RESUMED) + " dtype")
     average = None
     if ema and not eval_only:
-        average = MovingAverage(raw_model, ema)
-        if init_from == "resume" and checkpoint.get("last_weights"):
-            average.go_on_from(checkpoint["last_weights"])
+        last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
+        average = MovingAverage(raw_model, ema, last_weights)
     # `model` trains. raw_model has the same weights, and is what evaluates, captions and is saved.
-    model = torch.compile(raw_model) if compile else raw_model
-    if world_size > 1:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                        device_ids=[device] if "cuda" in device else None)
+    model = distribute(torch.compile(raw_model) if compile else raw_model, process)
 
     # ---- captions as tokens, and for scst as words
-    config["max_length"] = max_length = min(max_length, gpt_config.block_size - 1)
+    config["max_length"] = max_length = min(max_length, raw_model.gpt.config.block_size - 1)
     train_captions = TokenizedCaptions(train_references, tokenizer, max_length)
     val_captions = TokenizedCaptions(references, tokenizer, max_length)
     held_out = images, references, val_features, tokenizer, max_length, process
@@ -1167,13 +1217,10 @@ if __name__ == "__main__":
         sample = make_sampler(raw_model, train_references, tokenizer, max_length, samples)
 
     # ---- the loop
-    gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate")
-             for half in ("attn", "mlp") for layer, block in raw_model.gated.items()}
     if rank == 0:
-        print(f"{len(train_images):,} pictures to train on, {len(images):,} held out, {S} tokens x "
-              f"{W} each | {trainable:,} trainable parameters, {trainable / total:.1%} of "
-              f"{total:,} | {world_size} process(es) on {device}", flush=True)
-        columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms", *gates]
+        print_start(train_features, val_features, trainable, total, process)
+        columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms",
+                   *read_gates(raw_model)]
         log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step,
                   start_wandb(config) if wandb_log and not eval_only else None)
     asked_to_stop, stop = stop_signals(), 0
@@ -1195,16 +1242,11 @@ if __name__ == "__main__":
             if step > first_step and evaluation.quality() > best:
                 is_best, best, best_evaluation = True, evaluation.quality(), evaluation
         if rank == 0 and step > first_step and ("CIDEr" in row or stop):
-            tagger = None
-            if encoder == "tagger":
-                tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
             save_run(out_dir, dict(
-                model=raw_model.state_dict(), step=step, best=best, settings=config,
-                optimizers=[opt.state_dict() for opt in optimizers], gpt_config=asdict(gpt_config),
-                width=W, tokenizer=tokenizer_source, pretrained=metadata.get("pretrained"),
-                weights=metadata.get("weights"), tagger=tagger,
-                turned=val_metadata.get("turned", False),
-                last_weights=average.other if swapped else None), is_best)
+                model=raw_model.state_dict(), last_weights=average.other if swapped else None,
+                step=step, best=best, settings=config, gpt_config=asdict(raw_model.gpt.config),
+                optimizers=[opt.state_dict() for opt in optimizers], width=W,
+                tokenizer=tokenizer_source, **about_encoder(data, metadata)), is_best)
         if swapped:
             average.swap()
         if step >= max_steps or stop:
@@ -1232,10 +1274,7 @@ if __name__ == "__main__":
                                             reward / world_size, len(asked_to_stop))
         if rank == 0:
             row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm,
-                        ms=(time.time() - t1) * 1000)
-            if gates:
-                values = torch.stack([gate.detach() for gate in gates.values()]).tanh().tolist()
-                row |= dict(zip(gates, values))
+                        ms=(time.time() - t1) * 1000, **read_gates(raw_model))
             log.add(**row)
             if step % log_interval == 0 or step == max_steps - 1:
                 seconds_left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
@@ -1256,27 +1295,15 @@ if __name__ == "__main__":
     checkpoint = load_checkpoint(run_file(out_dir, "best.pt"))
     load_weights(raw_model, checkpoint["model"], out_dir)
     raw_model.eval()
-    result = best_evaluation or evaluate(raw_model, *held_out)
-    table = {"greedy": result.scores}
-    if single_reference:
-        table["greedy, one reference"] = published_protocol(result.captions, references, seed)
-    if beam > 1:
-        result = evaluate(raw_model, *held_out, beam)
-        table[f"beam={beam}"] = result.scores
-    results = dict(fusion=fusion, every=every, trainable=trainable, total=total, **result.scores,
-                   right=result.right, step=checkpoint["step"], scores=table, settings=config)
-    for name, which_image in (("", "right"), ("_wrong_picture", "wrong"), ("_no_picture", "none")):
-        results["perplexity" + name] = perplexity(raw_model, val_features, val_captions, process,
-                                                  which_image)
+    results, evaluation = score_best(raw_model, held_out, val_captions, best_evaluation, config)
+    results |= dict(trainable=trainable, total=total, step=checkpoint["step"])
     if rank == 0:
         save_json(os.path.join(out_dir, "results.json"), results, indent=1)
-        save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, result.captions)
+        save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, evaluation.captions)
         draw_curves(os.path.join(out_dir, "curves.png"), log.rows, batch_size, split, scst,
                     list(raw_model.gated))
-        files = [os.path.join(data, split, entry["file_name"]) for entry in images]
-        if all(map(os.path.exists, files)):  # there may be features without pictures
-            draw_results(out_dir, raw_model, val_features, files, result, references, tokenizer,
-                         max_length, metadata, process)
-        print_results(out_dir, results, result.captions, references)
+        draw_results(out_dir, raw_model, metadata, os.path.join(data, split), evaluation,
+                     *held_out)
+        print_results(out_dir, results, evaluation.captions, references)
         print(f"time                       {time.time() - t_start:.0f} s")
     finish(process)

@@ -780,6 +780,15 @@ def setup(device, dtype):
     return Process(rank, world_size, device, getattr(torch, dtype))
 
 
+def distribute(model, process):
+    """The model; if there are several processes, inside of DDP, which averages the gradients."""
+    if process.world_size == 1:
+        return model
+    # as views of DDP's buckets, gradients need no second copy
+    device_ids = [process.device] if "cuda" in process.device else None
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True)
+
+
 def report_lost_process(kind, problem, trace):
     """The excepthook under torchrun: if another process died, that is all that needs to be said."""
     text = str(problem)
@@ -1516,11 +1525,7 @@ if __name__ == "__main__":
         for block in raw_model.transformer.h:
             block.compile()
     # `model` trains. raw_model has the same weights, and is what evaluates, samples and is saved.
-    model = raw_model
-    if world_size > 1:
-        # as views of DDP's buckets, gradients need no second copy
-        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True,
-                                        device_ids=[device] if "cuda" in device else None)
+    model = distribute(raw_model, process)
     if rank == 0:
         lock_folder(out_dir)
         log = Log(os.path.join(out_dir, "log.csv"),
