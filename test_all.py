@@ -1,9 +1,11 @@
 """
     python -m pytest -q test_all.py          # a few minutes on two cores; no GPU, no network
 
-Equality with what others trust (transformers, pycocoevalcap), with ourselves done the plain way (no cache, one process, an
-uninterrupted run), and the rules of the house. What needs real data runs where ../shared/data exists, and is skipped elsewhere.
+Equality with what others trust (transformers, pycocoevalcap), with ourselves done the plain way (no
+cache, one process, an uninterrupted run), and the rules of the house. What needs real data runs
+where ../shared/data exists, and is skipped elsewhere.
 """
+
 import concurrent.futures
 import copy
 import dataclasses
@@ -61,17 +63,29 @@ ALONE = Process(0, 1, "cpu", torch.float32)
 
 
 def run(command, cwd, ok=True, launcher=(), env={}):
-    """Runs one of the scripts in `cwd`; returns what it printed. ok=False: it must end with one line on stderr and exit code 2."""
+    """
+    Runs one of the scripts in `cwd`; returns what it printed. ok=False: it must end with one line
+    on stderr and exit code 2.
+    """
     script, *words = command.split()
     if not ok:
         return fails(script, words, cwd, env)
-    done = subprocess.run([sys.executable, *launcher, os.path.join(REPO, script), *words], cwd=cwd, capture_output=True, text=True, env=os.environ | env)
+    done = subprocess.run(
+        [sys.executable, *launcher, os.path.join(REPO, script), *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def fails(script, words, cwd, env):
-    """The one line with which a script refuses; in this process, as importing torch anew would take longer than the refusal."""
+    """
+    The one line with which a script refuses; in this process, as importing torch anew would take
+    longer than the refusal.
+    """
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(cwd)
@@ -104,21 +118,34 @@ def printed_by(command, cwd):
 
 @pytest.fixture(scope="session")
 def road(tmp_path_factory):
-    """The whole small road once: 200 drawn scenes, raw patches, their captions' tokens, a GPT of two layers after a few steps."""
+    """
+    The whole small road once: 200 drawn scenes, raw patches, their captions' tokens, a GPT of two
+    layers after a few steps.
+    """
     cwd = tmp_path_factory.mktemp("road")
     run("coco.py data=shapes shapes=200 encoder=patches", cwd)
-    run("fineweb.py text=shapes/train_captions.txt data=tokens tokenizer=learn val_tokens=1000", cwd)
+    run(
+        "fineweb.py text=shapes/train_captions.txt data=tokens tokenizer=learn val_tokens=1000", cwd
+    )
     run(f"{GPT_RUN} out_dir=gpt", cwd)
     return cwd
 
 
-GPT_RUN = ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=4 total_batch_size=512 learning_rate=3e-3 max_steps=8 "
-           "warmup_steps=2 eval_interval=4 eval_tokens=1000 device=cpu")
-CAPTION_RUN = ("train_caption.py data=shapes encoder=patches gpt=gpt/ckpt.pt batch_size=16 learning_rate=3e-3 max_steps=8 eval_interval=4 device=cpu")
+GPT_RUN = (
+    "train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=4"
+    " total_batch_size=512 learning_rate=3e-3 max_steps=8 warmup_steps=2 eval_interval=4"
+    " eval_tokens=1000 device=cpu"
+)
+CAPTION_RUN = (
+    "train_caption.py data=shapes encoder=patches gpt=gpt/ckpt.pt batch_size=16 learning_rate=3e-3"
+    " max_steps=8 eval_interval=4 device=cpu"
+)
 
 
 def small_gpt(seed=0, n_layer=4, vocab_size=101, scale=10):
-    """A random GPT whose logits differ: the initial weights alone would leave all tokens nearly alike."""
+    """
+    A random GPT whose logits differ: the initial weights alone would leave all tokens nearly alike.
+    """
     torch.manual_seed(seed)
     gpt = GPT(GPTConfig(block_size=48, vocab_size=vocab_size, n_layer=n_layer, n_head=4, n_embd=32))
     with torch.no_grad():
@@ -1561,7 +1588,8 @@ def test_muon_takes_torchs_steps_and_goes_on_from_its_state(monkeypatch):
 
 # ---- scores (cider.py)
 
-# captions, and what the Java program in coco-caption (CoreNLP 3.4.1) makes of each before a next line
+# captions, and what the Java program in coco-caption (CoreNLP 3.4.1) makes of each before a
+# next line
 CIDER_TOKENS = """
 A man riding a wave, on top of a surfboard. | a man riding a wave on top of a surfboard
 Two dogs; one "big" cat! the dog's bowl and the dogs' bowls | two dogs one big cat the dog 's bowl and the dogs bowls
@@ -1600,9 +1628,17 @@ def test_cider_tokens_are_the_references():
 
 def test_cider_tokens_depend_on_the_next_caption():
     for captions, wanted in (
-            (["letter X.", "The dog"], "letter x"), (["letter X.", " ", "An owl "], "letter x"), (["3", "1/2 x"], "3"),
-            (["letter X.", "the dog"], "letter x."), (["a\r\nb\u2028c\n", "x"], "a b c"), (["<dog", "cat> x"], "< dog"),
-            (["no.", "5 x"], "no."), (["no.", "", "5 x"], "no"), (["it 'll"], "it ll"), (["it 'll", "x"], "it 'll")):
+        (["letter X.", "The dog"], "letter x"),
+        (["letter X.", " ", "An owl "], "letter x"),
+        (["3", "1/2 x"], "3"),
+        (["letter X.", "the dog"], "letter x."),
+        (["a\r\nb\u2028c\n", "x"], "a b c"),
+        (["<dog", "cat> x"], "< dog"),
+        (["no.", "5 x"], "no."),
+        (["no.", "", "5 x"], "no"),
+        (["it 'll"], "it ll"),
+        (["it 'll", "x"], "it 'll"),
+    ):
         assert cider.tokenize(captions)[0] == wanted.split(), captions
 
 
@@ -1610,15 +1646,37 @@ def test_cider_tokens_of_several_texts_do_not_touch():
     texts = ["letter X.", "a dog"], ["The dog", "no."], ["5 x", "<dog"], ["cat> x"]
     words, ids, lengths = cider.read(*texts)
     alone = [tokens for text in texts for tokens in cider.tokenize(text)]
-    assert [words[i] for i in ids] == [token for tokens in alone for token in tokens] and lengths.tolist() == list(map(len, alone))
+    assert [words[i] for i in ids] == [
+        token for tokens in alone for token in tokens
+    ] and lengths.tolist() == list(map(len, alone))
 
 
 def test_cider_tokenizes_any_string():
     rng = random.Random(0)
-    strange = ["".join(chr(rng.randrange(0x3000)) for _ in range(rng.randrange(60))) for _ in range(500)] + ["\ud800"]
+    strange = [
+        "".join(chr(rng.randrange(0x3000)) for _ in range(rng.randrange(60))) for _ in range(500)
+    ] + ["\ud800"]
     assert len(cider.tokenize(strange)) == len(strange) and cider.tokenize([]) == []
     # long runs: quadratic time would take hours. What is said 50 times gives its tokens 50 times.
-    for piece in ("a", ".", "a.", "'", "1/", "-", "(", "a,", "a+", "1-", "<a ", "a@.", "x. ", "12 345 ", "é", "&lt;", "u.s."):
+    for piece in (
+        "a",
+        ".",
+        "a.",
+        "'",
+        "1/",
+        "-",
+        "(",
+        "a,",
+        "a+",
+        "1-",
+        "<a ",
+        "a@.",
+        "x. ",
+        "12 345 ",
+        "é",
+        "&lt;",
+        "u.s.",
+    ):
         run = f"{piece * (2000 // len(piece))} dog "
         assert cider.tokenize([run * 50, "zz"])[0] == cider.tokenize([run, "zz"])[0] * 50, piece
 
@@ -1627,13 +1685,19 @@ def test_cider_takes_a_caption_of_a_megabyte():
     references = [["a dog runs", "the dog"], ["a cat"]]
     scores, per_image = cider.evaluate(["a dog " * 170_000, "a cat"], references)
     assert per_image["CIDEr"][0] < 1e-9 and per_image["ROUGE_L"][1] == 1
-    assert np.isclose(per_image["ROUGE_L"][0], 2.44 * 2 / 340_000 / (1 + 1.44 * 2 / 340_000))  # by hand: "a dog" of 340,000 words, recall 1
-    assert cider.tokenize(["a" * 10**6, "zz"])[0] == ["a" * 10**6] and cider.tokenize(["." * 10**6 + " x"])[0] == ["x"]
+    assert np.isclose(
+        per_image["ROUGE_L"][0], 2.44 * 2 / 340_000 / (1 + 1.44 * 2 / 340_000)
+    )  # by hand: "a dog" of 340,000 words, recall 1
+    assert cider.tokenize(["a" * 10**6, "zz"])[0] == ["a" * 10**6] and cider.tokenize(
+        ["." * 10**6 + " x"]
+    )[0] == ["x"]
 
 
 def random_images(rng, images):
     words = "a the dog cat on beach red sits , 's n't 22\xa03/4 big".split(" ")
-    sentence = lambda: [rng.choice(words) for _ in range(rng.choice((0, 1, 2, 3, 5, 8, 12, 12, 30, 64, 65, 150)))]
+    sentence = lambda: [
+        rng.choice(words) for _ in range(rng.choice((0, 1, 2, 3, 5, 8, 12, 12, 30, 64, 65, 150)))
+    ]
     references = [[sentence() for _ in range(rng.randrange(1, 8))] for _ in range(images)]
     references[0].append(["a", "dog"])  # as all references empty is an error
     return [sentence() for _ in references], references
@@ -1646,13 +1710,18 @@ def test_cider_scores_are_pycocoevalcaps(seed):
 
     candidates, references = random_images(random.Random(seed), (1, 2, 3, 10, 60)[seed % 5])
     scores, per_image = cider.evaluate(candidates, references, tokenized=True)
-    both = [{i: list(map(" ".join, row)) for i, row in enumerate(side)} for side in (references, zip(candidates))]
+    both = [
+        {i: list(map(" ".join, row)) for i, row in enumerate(side)}
+        for side in (references, zip(candidates))
+    ]
     overall, each = Bleu(4).compute_score(*both, verbose=0)
     wanted = {f"Bleu_{n + 1}": (overall[n], each[n]) for n in range(4)}
     wanted |= dict(CIDEr=Cider().compute_score(*both), ROUGE_L=Rouge().compute_score(*both))
     assert set(wanted) == set(scores) == set(per_image)
     for metric, (overall, each) in wanted.items():
-        np.testing.assert_allclose([scores[metric], *per_image[metric]], [overall, *each], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            [scores[metric], *per_image[metric]], [overall, *each], rtol=0, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -1674,17 +1743,30 @@ def captions_json(images=({"id": 1}, {"id": 2}), annotations=None, **more):
 ROWS = [dict(image_id=1, caption="a"), dict(image_id=2, caption="b")]
 
 
-@pytest.mark.parametrize("content, hint", [
-    (captions_json([{"id": 1}, {"id": "1"}]), "two images have the id 1"),
-    (captions_json(annotations=[*ROWS, dict(image_id=1, caption=None)]), "image 1 is None, not text"),
-    (captions_json(annotations=[*ROWS, dict(image_id=2, caption=["b"])]), "image 2 is ['b'], not text"),
-    (captions_json(annotations=[*ROWS, dict(image_id=2, caption=" ")]), "image 2 is ' ', not text"),
-    (captions_json(annotations=ROWS[:1]), "1 of 2 images have no caption, such as image_id 2"),
-    (captions_json(annotations=[dict(id=7, caption="a")]), "'image_id' is missing"),
-    (captions_json([{"id": 1, "file_name": None}]), "file_name of image 1 is None"),
-    (dict(images=[{"id": 1}]), "'annotations' is missing"),
-    (captions_json([]), "0 of 0 images"),
-    ([1], "not a COCO captions file")])
+@pytest.mark.parametrize(
+    "content, hint",
+    [
+        (captions_json([{"id": 1}, {"id": "1"}]), "two images have the id 1"),
+        (
+            captions_json(annotations=[*ROWS, dict(image_id=1, caption=None)]),
+            "image 1 is None, not text",
+        ),
+        (
+            captions_json(annotations=[*ROWS, dict(image_id=2, caption=["b"])]),
+            "image 2 is ['b'], not text",
+        ),
+        (
+            captions_json(annotations=[*ROWS, dict(image_id=2, caption=" ")]),
+            "image 2 is ' ', not text",
+        ),
+        (captions_json(annotations=ROWS[:1]), "1 of 2 images have no caption, such as image_id 2"),
+        (captions_json(annotations=[dict(id=7, caption="a")]), "'image_id' is missing"),
+        (captions_json([{"id": 1, "file_name": None}]), "file_name of image 1 is None"),
+        (dict(images=[{"id": 1}]), "'annotations' is missing"),
+        (captions_json([]), "0 of 0 images"),
+        ([1], "not a COCO captions file"),
+    ],
+)
 def test_a_captions_file_is_checked_once_for_all(content, hint, tmp_path):
     (tmp_path / "c.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(hint)):
@@ -1701,14 +1783,20 @@ def test_captions_of_images_that_are_not_listed_are_left_out(tmp_path):
 def test_results_for_a_part_are_scored_when_asked(tmp_path):
     references = {1: ["a dog runs", "the dog"], 2: ["two birds sit"], "3": ["a cat on a mat"]}
     rows = [dict(image_id=i, caption=c) for i, captions in references.items() for c in captions]
-    (tmp_path / "c.json").write_text(json.dumps(captions_json([{"id": i} for i in references], rows)))
-    (tmp_path / "r.json").write_text(json.dumps([dict(image_id="1", caption="a dog"),
-                                                 dict(image_id=3, caption="a cat")]))
+    (tmp_path / "c.json").write_text(
+        json.dumps(captions_json([{"id": i} for i in references], rows))
+    )
+    (tmp_path / "r.json").write_text(
+        json.dumps([dict(image_id="1", caption="a dog"), dict(image_id=3, caption="a cat")])
+    )
     assert "subset=True" in run("cider.py r.json c.json", tmp_path, ok=False)
     run("cider.py r.json c.json subset=True out=s.json", tmp_path)
     scores, _ = cider.evaluate(["a dog", "a cat"], [references[1], references["3"]])
     written = json.loads((tmp_path / "s.json").read_text())
-    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [1, "3"]
+    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [
+        1,
+        "3",
+    ]
     (tmp_path / "r.json").write_text(json.dumps([dict(image_id=1, caption="a dog")]))
     assert "is always 0" in run("cider.py r.json c.json subset=True", tmp_path)
 
@@ -1716,25 +1804,49 @@ def test_results_for_a_part_are_scored_when_asked(tmp_path):
 def test_cider_with_given_frequencies():
     candidates, references = random_images(random.Random(1), 50)
     df = cider.document_frequencies(references)
-    assert df[()] == 50 and df["a",] == sum(any("a" in ref for ref in refs) for refs in references) and min(df.values()) > 1
-    pairs = [{pair for ref in refs for said in [" ".join(ref).split()] for pair in zip(said, said[1:])} for refs in references]
-    assert df["22", "3/4"] == sum(("22", "3/4") in said for said in pairs)  # "22~3/4", one token, is two words to CIDEr
+    assert (
+        df[()] == 50
+        and df["a",] == sum(any("a" in ref for ref in refs) for refs in references)
+        and min(df.values()) > 1
+    )
+    pairs = [
+        {pair for ref in refs for said in [" ".join(ref).split()] for pair in zip(said, said[1:])}
+        for refs in references
+    ]
+    assert df["22", "3/4"] == sum(
+        ("22", "3/4") in said for said in pairs
+    )  # "22~3/4", one token, is two words to CIDEr
     whole = cider.evaluate(candidates, references, tokenized=True)[1]["CIDEr"]
-    for batch in slice(7, 9), slice(0, 1), slice(0, 50):  # scores as it does in the corpus, even an image alone
+    for batch in (
+        slice(7, 9),
+        slice(0, 1),
+        slice(0, 50),
+    ):  # scores as it does in the corpus, even an image alone
         part = cider.evaluate(candidates[batch], references[batch], df, tokenized=True)[1]["CIDEr"]
         np.testing.assert_allclose(part, whole[batch], rtol=0, atol=1e-12)
 
 
 def test_cider_of_one_image_is_zero():
     scores, per_image = cider.evaluate(["a dog runs"], [["a dog runs", "the dog"]])
-    assert scores["CIDEr"] == per_image["CIDEr"][0] == 0 and scores["Bleu_4"] > 0 and scores["ROUGE_L"] == 1
+    assert (
+        scores["CIDEr"] == per_image["CIDEr"][0] == 0
+        and scores["Bleu_4"] > 0
+        and scores["ROUGE_L"] == 1
+    )
 
 
 def test_cider_misuse_names_the_image():
     for candidates, references, words in (
-            (["a"], [["a"], ["b"]], "1 candidates"), ([], [], "0 candidates"), (["a", "b"], [["a"], []], "image 1"),
-            (["a", 3], [["a"], ["b"]], "image 1"), (["a", "b"], [["a"], "b"], "image 1"), (["a", "b"], [["a"], None], "image 1"),
-            (["a", "b"], [["a"], ["b", None]], "image 1"), (["a", ["b"]], [["a"], ["b"]], "image 1"), (["a"], [["."]], "image 0")):
+        (["a"], [["a"], ["b"]], "1 candidates"),
+        ([], [], "0 candidates"),
+        (["a", "b"], [["a"], []], "image 1"),
+        (["a", 3], [["a"], ["b"]], "image 1"),
+        (["a", "b"], [["a"], "b"], "image 1"),
+        (["a", "b"], [["a"], None], "image 1"),
+        (["a", "b"], [["a"], ["b", None]], "image 1"),
+        (["a", ["b"]], [["a"], ["b"]], "image 1"),
+        (["a"], [["."]], "image 0"),
+    ):
         with pytest.raises(ValueError, match=words):
             cider.evaluate(candidates, references)
     with pytest.raises(ValueError, match="image 0"):
@@ -1745,45 +1857,82 @@ def test_cider_misuse_names_the_image():
 
 def test_cider_command_line(tmp_path):
     def judge(*argv):
-        return subprocess.run([sys.executable, cider.__file__, *argv], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, cider.__file__, *argv], cwd=tmp_path, capture_output=True, text=True
+        )
 
-    references = {2: ["Two birds.", "birds in a tree"], 0: ["A dog runs.", "the dog is running"], 1: ["A cat sits"]}
-    results = [dict(image_id=i, caption=caption) for i, caption in enumerate(("a dog runs", "a dog", "two birds"))]
+    references = {
+        2: ["Two birds.", "birds in a tree"],
+        0: ["A dog runs.", "the dog is running"],
+        1: ["A cat sits"],
+    }
+    results = [
+        dict(image_id=i, caption=caption)
+        for i, caption in enumerate(("a dog runs", "a dog", "two birds"))
+    ]
     rows = [dict(image_id=i, caption=caption) for i in range(3) for caption in references[i]]
-    (tmp_path / "captions.json").write_text(json.dumps(dict(images=[dict(id=i) for i in references], annotations=rows)))
+    (tmp_path / "captions.json").write_text(
+        json.dumps(dict(images=[dict(id=i) for i in references], annotations=rows))
+    )
     (tmp_path / "results.json").write_text(json.dumps(results))
     done = judge("results.json", "captions.json", "show=1", "out=scores.json")
     scores, _ = cider.evaluate(["two birds", "a dog runs", "a dog"], list(references.values()))
-    assert done.returncode == 0 and all(f"{100 * score:.2f}  {score:.4f}" in done.stdout for score in scores.values())
+    assert done.returncode == 0 and all(
+        f"{100 * score:.2f}  {score:.4f}" in done.stdout for score in scores.values()
+    )
     best, worst = (line for line in done.stdout.splitlines() if "image " in line)
     assert best.startswith("best CIDEr") and "image 0: 'a dog runs'" in best
     assert worst.startswith("worst CIDEr 0.000, image 1: 'a dog'") and "'A cat sits'" in worst
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [2, 0, 1]
+    assert written["scores"] == scores and [row["image_id"] for row in written["images"]] == [
+        2,
+        0,
+        1,
+    ]
     both = ["bad.json", "captions.json"]
-    for bad, argv, words in ((results[:1], both, "2 images of captions.json have no caption"),
-                             (results + [dict(image_id=9, caption="a")], both, "image_id 9"),
-                             (results + results[2:], both, "more than one caption"),
-                             ([dict(image_id=0, caption=3)], both, "is 3, not text"),
-                             ([], ["results.json"], "give a results file"), ([], ["none.json", both[1]], "none.json"),
-                             ([], ["results.json", "captions.json", "out=no/s.json"], "no/s.json")):
+    for bad, argv, words in (
+        (results[:1], both, "2 images of captions.json have no caption"),
+        (results + [dict(image_id=9, caption="a")], both, "image_id 9"),
+        (results + results[2:], both, "more than one caption"),
+        ([dict(image_id=0, caption=3)], both, "is 3, not text"),
+        ([], ["results.json"], "give a results file"),
+        ([], ["none.json", both[1]], "none.json"),
+        ([], ["results.json", "captions.json", "out=no/s.json"], "no/s.json"),
+    ):
         (tmp_path / "bad.json").write_text(json.dumps(bad))
         done = judge(*argv)
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.strip().count("\n") == 0 and words in done.stderr
+        assert (
+            done.returncode == 2
+            and done.stdout == ""
+            and done.stderr.strip().count("\n") == 0
+            and words in done.stderr
+        )
 
 
 @needs_shared
 def test_cider_oracle():
-    battery = json.load(open(os.path.join(SHARED, "metrics", "ptb_battery_open.json"), encoding="utf-8"))
+    battery = json.load(
+        open(os.path.join(SHARED, "metrics", "ptb_battery_open.json"), encoding="utf-8")
+    )
     assert [" ".join(words) for words in cider.tokenize(battery["captions"])] == battery["tokens"]
-    assert [" ".join(cider.tokenize([caption])[0]) for caption in battery["captions"]] == battery["alone"]
-    for name, case in json.load(open(os.path.join(SHARED, "metrics", "oracle_open.json"), encoding="utf-8")).items():
+    assert [" ".join(cider.tokenize([caption])[0]) for caption in battery["captions"]] == battery[
+        "alone"
+    ]
+    for name, case in json.load(
+        open(os.path.join(SHARED, "metrics", "oracle_open.json"), encoding="utf-8")
+    ).items():
         candidates, references = zip(*((image["cand"], image["refs"]) for image in case["images"]))
-        for captions, wanted in (candidates, case["cand_tokens"]), (sum(references, []), sum(case["ref_tokens"], [])):
+        for captions, wanted in (candidates, case["cand_tokens"]), (
+            sum(references, []),
+            sum(case["ref_tokens"], []),
+        ):
             assert [" ".join(words) for words in cider.tokenize(captions)] == wanted, name
         scores, per_image = cider.evaluate(candidates, references)
         for metric in scores:
-            ours, theirs = (scores[metric], *per_image[metric]), (case["overall"][metric], *case["per_image"][metric])
+            ours, theirs = (scores[metric], *per_image[metric]), (
+                case["overall"][metric],
+                *case["per_image"][metric],
+            )
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9, err_msg=f"{name} {metric}")
 
 
@@ -1807,8 +1956,16 @@ def test_shapes_are_reproducible_and_splits_share_no_scene(road, tmp_path):
     for split in coco.SPLITS:
         name = f"annotations/captions_{split}.json"
         assert (tmp_path / name).read_bytes() == (road / "shapes" / name).read_bytes()
-        assert (tmp_path / split / "000003.jpg").read_bytes() == (road / "shapes" / split / "000003.jpg").read_bytes()
-    train, val = ({frozenset(coco.true_captions(image["scene"])[0]) for image in coco.load_captions(str(tmp_path), split)[0]} for split in coco.SPLITS)
+        assert (tmp_path / split / "000003.jpg").read_bytes() == (
+            road / "shapes" / split / "000003.jpg"
+        ).read_bytes()
+    train, val = (
+        {
+            frozenset(coco.true_captions(image["scene"])[0])
+            for image in coco.load_captions(str(tmp_path), split)[0]
+        }
+        for split in coco.SPLITS
+    )
     assert train and val and not train & val
 
 
@@ -1816,7 +1973,10 @@ def test_scene_captions_are_five_true_and_different_ones(road):
     images, captions = coco.load_captions(str(road / "shapes"), "val2017")
     for image, said in zip(images, captions):
         patterns = coco.true_captions(image["scene"])
-        assert len(said) == 5 and len({next(k for k, p in enumerate(patterns) if s in p) for s in said}) == 5
+        assert (
+            len(said) == 5
+            and len({next(k for k, p in enumerate(patterns) if s in p) for s in said}) == 5
+        )
     assert coco.fraction_right(images, [said[0] for said in captions]) == 1
     assert coco.fraction_right(images, [said[0] for said in captions[1:] + captions[:1]]) < 0.2
 
@@ -1833,19 +1993,29 @@ def test_scene_is_drawn_where_and_as_its_caption_says():
                 y, x = np.nonzero(near)
                 centres[colour] = x.mean(), y.mean()
                 radius = ((x.max() - x.min() + 1) + (y.max() - y.min() + 1)) / 4
-                assert abs(radius - coco.SIZES[size]) < 4.5, (scene, radius)  # a star is less tall than wide, and chance adds a tenth
+                assert abs(radius - coco.SIZES[size]) < 4.5, (
+                    scene,
+                    radius,
+                )  # a star is less tall than wide, and chance adds a tenth
         if len(scene["objects"]) == len(centres) == 2:
             (x1, y1), (x2, y2) = (centres[colour] for _, colour, _ in scene["objects"])
             dx, dy = coco.PLACES[scene["place"]][2:]
-            assert (x1 - x2) * dx + (y1 - y2) * dy > 10 and max(abs(x1 - x2) * abs(dy), abs(y1 - y2) * abs(dx)) < 15
+            assert (x1 - x2) * dx + (y1 - y2) * dy > 10 and max(
+                abs(x1 - x2) * abs(dy), abs(y1 - y2) * abs(dx)
+            ) < 15
 
 
 def test_patches_are_the_pixels_row_by_row():
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     tokens = coco.Patches()(pixels)
     assert tokens.shape == (2, 64, 194)
-    torch.testing.assert_close(tokens[1, 8 * 2 + 5, :192], pixels[1, 16:24, 40:48].reshape(-1) / 127.5 - 1)
-    assert tokens[0, 7, 192:].tolist() == [-1, 1] and tokens[0, 56, 192:].tolist() == [1, -1]  # (row, column)
+    torch.testing.assert_close(
+        tokens[1, 8 * 2 + 5, :192], pixels[1, 16:24, 40:48].reshape(-1) / 127.5 - 1
+    )
+    assert tokens[0, 7, 192:].tolist() == [-1, 1] and tokens[0, 56, 192:].tolist() == [
+        1,
+        -1,
+    ]  # (row, column)
 
 
 def test_features_row_i_is_image_i(road):
@@ -1853,21 +2023,39 @@ def test_features_row_i_is_image_i(road):
     features, about = coco.load_features(str(road / "shapes"), "patches", "val2017", images)
     encoder = coco.Patches()
     for i in (0, len(images) - 1):
-        one = coco.encode(encoder, [encoder.preprocess(coco.open_image(str(road / "shapes/val2017" / images[i]["file_name"])))], ALONE)
+        one = coco.encode(
+            encoder,
+            [
+                encoder.preprocess(
+                    coco.open_image(str(road / "shapes/val2017" / images[i]["file_name"]))
+                )
+            ],
+            ALONE,
+        )
         assert np.array_equal(features[i], one[0])
     assert about["encoder"] == "patches" and features.dtype == np.float16
 
 
-@pytest.mark.parametrize("spoil, hint", [
-    (lambda x: x[:, 0], "three dimensions"),
-    (lambda x: x.astype("i4"), "int32"),
-    (lambda x: np.where(np.arange(64)[:, None] == 3, np.inf, x), "row 0, the features of 000001.jpg"),
-    (lambda x: x.astype("f4") * [[[1]]] * np.where(np.arange(10) == 7, np.nan, 1)[:, None, None],
-     "row 7, the features of 000008.jpg"),
-    (lambda x: x[:, :, :100], "both must come from one encoder"),
-    (lambda x: x[:9], "10 images"),
-    (lambda x: np.array([{}] * 10), "not a whole .npy file"),
-])
+@pytest.mark.parametrize(
+    "spoil, hint",
+    [
+        (lambda x: x[:, 0], "three dimensions"),
+        (lambda x: x.astype("i4"), "int32"),
+        (
+            lambda x: np.where(np.arange(64)[:, None] == 3, np.inf, x),
+            "row 0, the features of 000001.jpg",
+        ),
+        (
+            lambda x: x.astype("f4")
+            * [[[1]]]
+            * np.where(np.arange(10) == 7, np.nan, 1)[:, None, None],
+            "row 7, the features of 000008.jpg",
+        ),
+        (lambda x: x[:, :, :100], "both must come from one encoder"),
+        (lambda x: x[:9], "10 images"),
+        (lambda x: np.array([{}] * 10), "not a whole .npy file"),
+    ],
+)
 def test_features_that_can_not_be_trained_on_are_refused(road, tmp_path, capsys, spoil, hint):
     data = str(tmp_path / "shapes")
     shutil.copytree(road / "shapes", data)
@@ -1933,10 +2121,15 @@ def test_pictures_of_every_mode_are_what_a_viewer_shows(tmp_path):
         return np.asarray(coco.open_image(str(tmp_path / name))).astype(int)
 
     deep = grey.astype(np.uint16) * 257
-    for name, values in (("16.png", deep), ("16.tiff", deep), ("big.tiff", deep.astype(">u2")),
-                         ("32.tiff", deep.astype(np.int32)), ("8in32.tiff", grey.astype(np.int32)),
-                         ("unit.tiff", grey.astype(np.float32) / 255),
-                         ("wide.tiff", grey.astype(np.float32) * 1000 - 70)):
+    for name, values in (
+        ("16.png", deep),
+        ("16.tiff", deep),
+        ("big.tiff", deep.astype(">u2")),
+        ("32.tiff", deep.astype(np.int32)),
+        ("8in32.tiff", grey.astype(np.int32)),
+        ("unit.tiff", grey.astype(np.float32) / 255),
+        ("wide.tiff", grey.astype(np.float32) * 1000 - 70),
+    ):
         pixels = opened(Image.fromarray(values), name)
         assert pixels.shape == (20, 30, 3), name
         assert np.abs(pixels - grey[:, :, None]).max() == 0, name
@@ -1951,7 +2144,9 @@ def test_pictures_of_every_mode_are_what_a_viewer_shows(tmp_path):
     palette = Image.fromarray(rgb).quantize(16)
     assert np.array_equal(opened(palette, "p.png"), np.asarray(palette.convert("RGB")))
     palette.info["transparency"] = palette.getpixel((0, 0))
-    assert opened(palette, "pt.png", transparency=palette.getpixel((0, 0)))[0, 0].tolist() == [255] * 3
+    assert (
+        opened(palette, "pt.png", transparency=palette.getpixel((0, 0)))[0, 0].tolist() == [255] * 3
+    )
     assert opened(Image.fromarray(alpha[:, :, 2:]), "la.png")[0, 25].tolist() == [255] * 3
     cmyk = Image.fromarray(rgb).convert("CMYK")
     assert np.abs(opened(cmyk, "cmyk.tiff") - rgb).max() <= 1
@@ -1967,7 +2162,9 @@ def test_pictures_in_two_splits_are_said(drawn, capsys):
     assert capsys.readouterr().out == ""
     shutil.copy(drawn / "train2017/000004.jpg", drawn / "val2017/000004.jpg")
     coco.warn_overlap(str(drawn), "val2017")
-    assert "1 pictures of val2017 are in train2017 too, such as 000004.jpg" in capsys.readouterr().out
+    assert (
+        "1 pictures of val2017 are in train2017 too, such as 000004.jpg" in capsys.readouterr().out
+    )
 
 
 def test_tagger_learns_what_captions_speak_of(road, tmp_path):
@@ -1976,30 +2173,57 @@ def test_tagger_learns_what_captions_speak_of(road, tmp_path):
     os.mkdir(tmp_path / "features")
     losses = coco.train_tagger(str(tmp_path), steps=30, seed=0, B=16)
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.05
-    encoder = coco.load_encoder("tagger", tagger=train_gpt2.load_checkpoint(str(tmp_path / "features/tagger.pt")))
-    assert coco.encode(encoder, [encoder.preprocess(Image.new("RGB", (300, 200)))], ALONE).shape == (1, 64, 128)
+    encoder = coco.load_encoder(
+        "tagger", tagger=train_gpt2.load_checkpoint(str(tmp_path / "features/tagger.pt"))
+    )
+    assert coco.encode(
+        encoder, [encoder.preprocess(Image.new("RGB", (300, 200)))], ALONE
+    ).shape == (1, 64, 128)
 
 
 def test_open_clip_tokens_equal_transformers(tmp_path):
     coco.mend_torchvision()
     import open_clip
     from transformers import CLIPVisionConfig, CLIPVisionModel
-    config = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=64, layers=3, width=64, head_width=16, patch_size=16),
-                  text_cfg=dict(context_length=8, vocab_size=50, width=16, heads=2, layers=1))
+
+    config = dict(
+        embed_dim=16,
+        quick_gelu=True,
+        vision_cfg=dict(image_size=64, layers=3, width=64, head_width=16, patch_size=16),
+        text_cfg=dict(context_length=8, vocab_size=50, width=16, heads=2, layers=1),
+    )
     (tmp_path / "ViT-tiny.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "ViT-tiny.json")
     encoder = coco.load_encoder("ViT-tiny", "none")
-    theirs = CLIPVisionModel(CLIPVisionConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=64,
-                                              patch_size=16, hidden_act="quick_gelu")).eval()
+    theirs = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=16,
+            hidden_act="quick_gelu",
+        )
+    ).eval()
     ours, state = encoder.visual.state_dict(), {}
     for key in theirs.state_dict():  # their names -> open_clip's
         part, layer = key.removeprefix("vision_model."), ""
         if part.startswith("encoder.layers."):
             _, _, number, part = part.split(".", 3)
             layer = f"transformer.resblocks.{number}."
-        for old, new in (("embeddings.class_embedding", "class_embedding"), ("embeddings.patch_embedding", "conv1"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
-                         ("embeddings.position_embedding.weight", "positional_embedding"), ("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post"),
-                         ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):
+        for old, new in (
+            ("embeddings.class_embedding", "class_embedding"),
+            ("embeddings.patch_embedding", "conv1"),
+            ("layer_norm1", "ln_1"),
+            ("layer_norm2", "ln_2"),
+            ("embeddings.position_embedding.weight", "positional_embedding"),
+            ("pre_layrnorm", "ln_pre"),
+            ("post_layernorm", "ln_post"),
+            ("self_attn.out_proj", "attn.out_proj"),
+            ("mlp.fc1", "mlp.c_fc"),
+            ("mlp.fc2", "mlp.c_proj"),
+        ):
             part = part.replace(old, new)
         if "self_attn" in part:  # theirs keeps q, k and v apart
             kind, name = part.split(".")[1:]
@@ -2008,25 +2232,47 @@ def test_open_clip_tokens_equal_transformers(tmp_path):
             state[key] = ours[layer + part]
     theirs.load_state_dict(state, strict=False)
     assert len(state) == len(dict(theirs.named_parameters()))
-    pixels = torch.stack([encoder.preprocess(Image.effect_noise((90, 70), 90).convert("RGB")) for _ in range(2)])
+    pixels = torch.stack(
+        [encoder.preprocess(Image.effect_noise((90, 70), 90).convert("RGB")) for _ in range(2)]
+    )
     with torch.no_grad():
-        post_layernorm = getattr(theirs, "vision_model", theirs).post_layernorm  # older versions of transformers wrap the tower once more
-        torch.testing.assert_close(encoder(pixels), post_layernorm(theirs(pixels).last_hidden_state), atol=1e-5, rtol=0)
-    assert encoder(pixels).shape == (2, 17, 64) and (encoder(pixels)[0] - encoder(pixels)[1]).abs().max() > 0.1  # random weights, yet the pictures differ
+        post_layernorm = getattr(
+            theirs, "vision_model", theirs
+        ).post_layernorm  # older versions of transformers wrap the tower once more
+        torch.testing.assert_close(
+            encoder(pixels), post_layernorm(theirs(pixels).last_hidden_state), atol=1e-5, rtol=0
+        )
+    assert (
+        encoder(pixels).shape == (2, 17, 64)
+        and (encoder(pixels)[0] - encoder(pixels)[1]).abs().max() > 0.1
+    )  # random weights, yet the pictures differ
 
 
 def test_open_clip_towers_get_their_own_activation(monkeypatch, capsys):
     coco.mend_torchvision()
     import open_clip
+
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kw: "weights")
     monkeypatch.setattr(open_clip.factory, "load_checkpoint", lambda *args, **kw: None)
-    openai, laion = coco.OpenCLIP("ViT-B-32", "openai").eval(), coco.OpenCLIP("ViT-B-32", "laion2b_s34b_b79k")
+    openai, laion = coco.OpenCLIP("ViT-B-32", "openai").eval(), coco.OpenCLIP(
+        "ViT-B-32", "laion2b_s34b_b79k"
+    )
     kinds = [{type(module).__name__ for module in encoder.modules()} for encoder in (openai, laion)]
-    assert "QuickGELU" in kinds[0] and "QuickGELU" not in kinds[1] and coco.fingerprint(openai) != coco.fingerprint(laion)
+    assert (
+        "QuickGELU" in kinds[0]
+        and "QuickGELU" not in kinds[1]
+        and coco.fingerprint(openai) != coco.fingerprint(laion)
+    )
     tokens = openai(torch.stack([openai.preprocess(Image.new("RGB", (320, 240), "red"))]))
     assert tokens.shape == (1, 50, 768)
-    torch.testing.assert_close(tokens.mean(-1), torch.zeros(1, 50), atol=1e-4, rtol=0)  # post-layernorm applied
-    for name, tag, hint in (("ViT-B32", "openai", "ViT-B-32"), ("ViT-B-32", "opena", "openai"), ("RN50", "none", "plain ViTs")):
+    torch.testing.assert_close(
+        tokens.mean(-1), torch.zeros(1, 50), atol=1e-4, rtol=0
+    )  # post-layernorm applied
+    for name, tag, hint in (
+        ("ViT-B32", "openai", "ViT-B-32"),
+        ("ViT-B-32", "opena", "openai"),
+        ("RN50", "none", "plain ViTs"),
+    ):
         with pytest.raises(SystemExit):
             coco.OpenCLIP(name, tag)
         assert hint in capsys.readouterr().err
@@ -2094,7 +2340,15 @@ class Counting(coco.Patches):
 
 
 def encode_val(data, encoder=None, weights="w", **kw):
-    return coco.encode_split(str(data), "val2017", dict(encoder="patches", weights=weights), encoder or Counting(), 2, ALONE, **kw)
+    return coco.encode_split(
+        str(data),
+        "val2017",
+        dict(encoder="patches", weights=weights),
+        encoder or Counting(),
+        2,
+        ALONE,
+        **kw,
+    )
 
 
 @pytest.fixture
@@ -2116,23 +2370,36 @@ def test_interrupted_encoding_goes_on_to_the_same_bytes(drawn, monkeypatch, caps
         encode_val(drawn, Counting(5))  # the blank one, and two batches of two
     assert not path.exists() and json.load(open(path.with_suffix(".json")))["done"] == 4
     with pytest.raises(SystemExit):
-        coco.load_features(str(drawn), "patches", "val2017", coco.load_captions(str(drawn), "val2017")[0])
+        coco.load_features(
+            str(drawn), "patches", "val2017", coco.load_captions(str(drawn), "val2017")[0]
+        )
     assert "4 of 6 pictures are encoded; `python coco.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         encode_val(drawn, weights="others")
     assert "other weights" in capsys.readouterr().err
     encoder = Counting()
     encode_val(drawn, encoder)
-    assert encoder.n_images == 2 and path.read_bytes() == whole and os.listdir(drawn / "features") != [] and not path.with_suffix(".npy.part").exists()
+    assert (
+        encoder.n_images == 2
+        and path.read_bytes() == whole
+        and os.listdir(drawn / "features") != []
+        and not path.with_suffix(".npy.part").exists()
+    )
     with pytest.raises(SystemExit):
         encode_val(drawn, weights="others")
 
 
 def test_killed_encoding_goes_on_to_the_same_bytes(drawn):
-    slow = ("import sys, time, coco, torch\nfrom train_gpt2 import Process\nALONE = Process(0, 1, 'cpu', torch.float32)\nclass Slow(coco.Patches):\n    def forward(self, x):\n        time.sleep(0.3)\n"
-            "        return super().forward(x)\ncoco.encode_split(sys.argv[1], 'train2017', dict(encoder='patches', weights='w'), Slow(), 4, ALONE)")
+    slow = (
+        "import sys, time, coco, torch\nfrom train_gpt2 import Process\nALONE = Process(0, 1,"
+        " 'cpu', torch.float32)\nclass Slow(coco.Patches):\n    def forward(self, x):\n       "
+        " time.sleep(0.3)\n        return super().forward(x)\ncoco.encode_split(sys.argv[1],"
+        " 'train2017', dict(encoder='patches', weights='w'), Slow(), 4, ALONE)"
+    )
     about = drawn / "features/patches_train2017.json"
-    process = subprocess.Popen([sys.executable, "-c", slow, str(drawn)], cwd=REPO, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(drawn)], cwd=REPO, stderr=subprocess.DEVNULL
+    )
     for _ in range(600):
         if about.exists() and json.load(open(about))["done"]:
             break
@@ -2145,13 +2412,18 @@ def test_killed_encoding_goes_on_to_the_same_bytes(drawn):
         if fresh:
             shutil.rmtree(drawn / "features")
             os.mkdir(drawn / "features")
-        coco.encode_split(str(drawn), "train2017", dict(encoder="patches", weights="w"), coco.Patches(), 4, ALONE)
+        coco.encode_split(
+            str(drawn), "train2017", dict(encoder="patches", weights="w"), coco.Patches(), 4, ALONE
+        )
         parts.append((drawn / "features/patches_train2017.npy").read_bytes())
     assert parts[0] == parts[1]
 
 
 def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
-    path, images = drawn / "features/patches_val2017.npy", coco.load_captions(str(drawn), "val2017")[0]
+    path, images = (
+        drawn / "features/patches_val2017.npy",
+        coco.load_captions(str(drawn), "val2017")[0],
+    )
     encode_val(drawn)
     whole = np.load(path)
     path.unlink()
@@ -2163,21 +2435,39 @@ def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
     (drawn / "val2017/000002.jpg").write_bytes(good[:300])
     (drawn / "val2017/000005.jpg").unlink()
     said = run(f"coco.py data={drawn} encoder=patches", drawn, ok=False)
-    assert "can't be read, 2 in all" in said and "000002.jpg" in said and "000005.jpg" in said and "skip_bad=True" in said
-    assert (drawn / "features/patches_train2017.npy").exists() and not path.exists()  # all were looked at; what is not whole has not its name
+    assert (
+        "can't be read, 2 in all" in said
+        and "000002.jpg" in said
+        and "000005.jpg" in said
+        and "skip_bad=True" in said
+    )
+    assert (
+        drawn / "features/patches_train2017.npy"
+    ).exists() and not path.exists()  # all were looked at; what is not whole has not its name
     path.with_suffix(".npy.part").unlink()
     assert [os.path.basename(file) for file in encode_val(drawn)] == ["000002.jpg", "000005.jpg"]
     with pytest.raises(SystemExit):
-        coco.load_features(str(drawn), "patches", "val2017", coco.load_captions(str(drawn), "val2017")[0])
+        coco.load_features(
+            str(drawn), "patches", "val2017", coco.load_captions(str(drawn), "val2017")[0]
+        )
     (drawn / "val2017/000002.jpg").write_bytes(good)  # mended
     encoder = Counting()
-    assert [os.path.basename(file) for file in encode_val(drawn, encoder)] == ["000005.jpg"] and encoder.n_images == 1
+    assert [os.path.basename(file) for file in encode_val(drawn, encoder)] == [
+        "000005.jpg"
+    ] and encoder.n_images == 1
     assert encode_val(drawn, skip_bad=True) == []
     left, captions = coco.load_captions(str(drawn), "val2017")
-    assert [image["id"] for image in left] == [image["id"] for image in images if image["file_name"] != "000005.jpg"] and all(len(said) == 5 for said in captions)
-    assert np.array_equal(coco.load_features(str(drawn), "patches", "val2017", left)[0], whole[[0, 1, 2, 3, 5]])
+    assert [image["id"] for image in left] == [
+        image["id"] for image in images if image["file_name"] != "000005.jpg"
+    ] and all(len(said) == 5 for said in captions)
+    assert np.array_equal(
+        coco.load_features(str(drawn), "patches", "val2017", left)[0], whole[[0, 1, 2, 3, 5]]
+    )
     assert len(json.load(open(drawn / "annotations/captions_val2017.all.json"))["images"]) == 6
-    assert sorted(os.listdir(drawn / "features"))[-2:] == ["patches_val2017.json", "patches_val2017.npy"]
+    assert sorted(os.listdir(drawn / "features"))[-2:] == [
+        "patches_val2017.json",
+        "patches_val2017.npy",
+    ]
     assert encode_val(drawn) == []  # there already, and of this json
 
 
@@ -2187,21 +2477,45 @@ def test_converted_data_sets(tmp_path):
     for k in range(4):
         Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"resized/{k}.png")
         Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"imgs/val2014/{k}.png")
-    (tmp_path / "captions.csv").write_text("source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n"
-                                           'A,train,0.png,"a, b",c,,d,e\nA,val,1.png,a,b,c,d,e\nA,test,2.png,a,b,c,d,e\nA,train,9.png,a,b,c,d,e\n')
+    (tmp_path / "captions.csv").write_text(
+        'source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\nA,train,0.png,"a,'
+        ' b",c,,d,e\nA,val,1.png,a,b,c,d,e\nA,test,2.png,a,b,c,d,e\nA,train,9.png,a,b,c,d,e\n'
+    )
     coco.convert(coco.read_risc(str(tmp_path / "captions.csv")), str(tmp_path / "risc"))
-    karpathy = [dict(filename=f"{k}.png", filepath="val2014", cocoid=70 + k, split=split, sentences=[dict(raw=f"say {k}"), dict(raw="so")])
-                for k, split in enumerate(["train", "restval", "test", "val", "val"])]
+    karpathy = [
+        dict(
+            filename=f"{k}.png",
+            filepath="val2014",
+            cocoid=70 + k,
+            split=split,
+            sentences=[dict(raw=f"say {k}"), dict(raw="so")],
+        )
+        for k, split in enumerate(["train", "restval", "test", "val", "val"])
+    ]
     (tmp_path / "dataset_x.json").write_text(json.dumps(dict(images=karpathy)))
     coco.convert(coco.read_karpathy(str(tmp_path / "dataset_x.json")), str(tmp_path / "x"))
-    assert coco.splits_of(str(tmp_path / "risc")) == coco.splits_of(str(tmp_path / "x")) == ["train2017", "val2017", "test2017"]
-    assert coco.load_captions(str(tmp_path / "risc"), "train2017") == ([dict(id=1, file_name="0.png")], [["a, b", "c", "d", "e"]])
-    assert coco.load_captions(str(tmp_path / "x"), "train2017") == ([dict(id=70, file_name="0.png"), dict(id=71, file_name="1.png")],
-                                                                   [["say 0", "so"], ["say 1", "so"]])
-    assert len(coco.load_captions(str(tmp_path / "x"), "val2017")[0]) == 1  # the picture of the other is not there
+    assert (
+        coco.splits_of(str(tmp_path / "risc"))
+        == coco.splits_of(str(tmp_path / "x"))
+        == ["train2017", "val2017", "test2017"]
+    )
+    assert coco.load_captions(str(tmp_path / "risc"), "train2017") == (
+        [dict(id=1, file_name="0.png")],
+        [["a, b", "c", "d", "e"]],
+    )
+    assert coco.load_captions(str(tmp_path / "x"), "train2017") == (
+        [dict(id=70, file_name="0.png"), dict(id=71, file_name="1.png")],
+        [["say 0", "so"], ["say 1", "so"]],
+    )
+    assert (
+        len(coco.load_captions(str(tmp_path / "x"), "val2017")[0]) == 1
+    )  # the picture of the other is not there
     assert os.path.samefile(tmp_path / "x/test2017/2.png", tmp_path / "imgs/val2014/2.png")
     with pytest.raises(SystemExit):
-        coco.convert(coco.read_karpathy(str(tmp_path / "dataset_x.json"), str(tmp_path / "resized")), str(tmp_path / "nothing"))
+        coco.convert(
+            coco.read_karpathy(str(tmp_path / "dataset_x.json"), str(tmp_path / "resized")),
+            str(tmp_path / "nothing"),
+        )
     assert not (tmp_path / "nothing").exists()
 
 
@@ -2226,15 +2540,23 @@ def test_training_pictures_in_eight_orientations(tmp_path):
     for image, right in zip(images, expected):
         picture = Image.open(os.path.join(data, "train2017", image["file_name"]))
         difference = np.asarray(picture, dtype=int) - right
-        assert difference.shape == right.shape and abs(difference).mean() < 8  # jpeg; others differ by 40
+        assert (
+            difference.shape == right.shape and abs(difference).mean() < 8
+        )  # jpeg; others differ by 40
     text = (tmp_path / "set/train_captions.txt").read_text()
     assert sorted(text.splitlines()) == ["one", "two"]
 
 
-@pytest.mark.parametrize("row, hint", [
-    ("A,train,0.png,first one,second, with a comma,third,fourth,fifth", "line 3: it needs 8 fields"),
-    ("A,train,0.png,one,two", "line 3: it needs 8 fields"),
-])
+@pytest.mark.parametrize(
+    "row, hint",
+    [
+        (
+            "A,train,0.png,first one,second, with a comma,third,fourth,fifth",
+            "line 3: it needs 8 fields",
+        ),
+        ("A,train,0.png,one,two", "line 3: it needs 8 fields"),
+    ],
+)
 def test_rows_of_risc_with_other_fields_are_refused(tmp_path, capsys, row, hint):
     header = "source,split,image,caption_1,caption_2,caption_3,caption_4,caption_5\n"
     (tmp_path / "captions.csv").write_text(f'{header}A,train,0.png,"a, b",c,,d,e\n{row}\n')
@@ -2243,21 +2565,26 @@ def test_rows_of_risc_with_other_fields_are_refused(tmp_path, capsys, row, hint)
     assert hint in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, hint", [
-    (lambda image: image.update(cocoid=1), "have the id 1"),
-    (lambda image: image.update(filename="a/../1.png"), "have the file_name 1.png"),
-    (lambda image: image.update(sentences=[dict(raw=7)]), "is 7, not text"),
-    (lambda image: image.update(sentences=[dict(raw=None)]), "is None, not text"),
-    (lambda image: image.update(filename=None), "TypeError"),
-    (lambda image: image.update(split="dev"), "of the split 'dev'"),
-    (lambda image: image.pop("cocoid"), ""),
-])
+@pytest.mark.parametrize(
+    "change, hint",
+    [
+        (lambda image: image.update(cocoid=1), "have the id 1"),
+        (lambda image: image.update(filename="a/../1.png"), "have the file_name 1.png"),
+        (lambda image: image.update(sentences=[dict(raw=7)]), "is 7, not text"),
+        (lambda image: image.update(sentences=[dict(raw=None)]), "is None, not text"),
+        (lambda image: image.update(filename=None), "TypeError"),
+        (lambda image: image.update(split="dev"), "of the split 'dev'"),
+        (lambda image: image.pop("cocoid"), ""),
+    ],
+)
 def test_karpathy_files_that_would_mix_captions_are_refused(tmp_path, capsys, change, hint):
     os.makedirs(tmp_path / "imgs/a")
     images = []
     for k in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"imgs/{k}.png")
-        images.append(dict(filename=f"{k}.png", cocoid=k, split="train", sentences=[dict(raw=f"{k}")]))
+        images.append(
+            dict(filename=f"{k}.png", cocoid=k, split="train", sentences=[dict(raw=f"{k}")])
+        )
     change(images[2])
     (tmp_path / "dataset_x.json").write_text(json.dumps(dict(images=images)))
     if not hint:  # numbered anew, since not all have an id
@@ -2279,9 +2606,25 @@ def test_karpathys_split_moves_the_features_along(drawn, capsys):
         image["file_name"] = "v" + image["file_name"]
     (drawn / "annotations/captions_val2017.json").write_text(json.dumps(val))
     for split in coco.SPLITS:
-        coco.encode_split(data, split, dict(encoder="patches", weights="w"), coco.Patches(), 16, ALONE)
-    was = {image["id"]: (said, row) for split in coco.SPLITS for image, said, row in zip(*coco.load_captions(data, split), np.load(drawn / f"features/patches_{split}.npy"))}
-    entries = [dict(cocoid=number, filename="", split=("train", "val", "test", "restval")[number % 4], sentences=[]) for number in was]
+        coco.encode_split(
+            data, split, dict(encoder="patches", weights="w"), coco.Patches(), 16, ALONE
+        )
+    was = {
+        image["id"]: (said, row)
+        for split in coco.SPLITS
+        for image, said, row in zip(
+            *coco.load_captions(data, split), np.load(drawn / f"features/patches_{split}.npy")
+        )
+    }
+    entries = [
+        dict(
+            cocoid=number,
+            filename="",
+            split=("train", "val", "test", "restval")[number % 4],
+            sentences=[],
+        )
+        for number in was
+    ]
     (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries)))
     coco.resplit(data, str(drawn / "dataset_coco.json"), target, "patches")
     seen = set()
@@ -2289,7 +2632,11 @@ def test_karpathys_split_moves_the_features_along(drawn, capsys):
         images, captions = coco.load_captions(target, split)
         features, _ = coco.load_features(target, "patches", split, images)
         for image, said, row in zip(images, captions, features):
-            assert image["id"] % 4 in rests and said == was[image["id"]][0] and np.array_equal(row, was[image["id"]][1])
+            assert (
+                image["id"] % 4 in rests
+                and said == was[image["id"]][0]
+                and np.array_equal(row, was[image["id"]][1])
+            )
             seen.add(image["id"])
         encoder = Counting()
         coco.encode_split(target, split, dict(encoder="patches", weights="w"), encoder, 16, ALONE)
@@ -2331,10 +2678,26 @@ def mirror(drawn, tmp_path):
     """A server on 127.0.0.1 that holds the drawn scenes as COCO's three zips."""
     for folder in ("annotations", "zips"):
         os.makedirs(tmp_path / "site" / folder)
-    zip_of(tmp_path / "site/annotations/annotations_trainval2017.zip", [("annotations/instances_val2017.json", b"{}")] + [
-        (f"annotations/captions_{split}.json", (drawn / f"annotations/captions_{split}.json").read_bytes()) for split in coco.SPLITS])
+    zip_of(
+        tmp_path / "site/annotations/annotations_trainval2017.zip",
+        [("annotations/instances_val2017.json", b"{}")]
+        + [
+            (
+                f"annotations/captions_{split}.json",
+                (drawn / f"annotations/captions_{split}.json").read_bytes(),
+            )
+            for split in coco.SPLITS
+        ],
+    )
     for split in coco.SPLITS:
-        zip_of(tmp_path / f"site/zips/{split}.zip", [(f"{split}/", b"")] + [(f"{split}/{name}", (drawn / split / name).read_bytes()) for name in os.listdir(drawn / split)])
+        zip_of(
+            tmp_path / f"site/zips/{split}.zip",
+            [(f"{split}/", b"")]
+            + [
+                (f"{split}/{name}", (drawn / split / name).read_bytes())
+                for name in os.listdir(drawn / split)
+            ],
+        )
 
     class Site(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -2353,35 +2716,62 @@ def mirror(drawn, tmp_path):
 def test_coco_is_downloaded_verified_and_goes_on(mirror, drawn, tmp_path, monkeypatch, capsys):
     run("coco.py data=big/coco encoder=patches", tmp_path, env=dict(COCO_ENDPOINT=mirror))
     data = tmp_path / "big/coco"
-    assert sorted(os.listdir(data)) == ["annotations", "features", "train2017", "val2017"] and sorted(os.listdir(data / "annotations")) == [
-        "captions_train2017.json", "captions_val2017.json"]
+    assert sorted(os.listdir(data)) == [
+        "annotations",
+        "features",
+        "train2017",
+        "val2017",
+    ] and sorted(os.listdir(data / "annotations")) == [
+        "captions_train2017.json",
+        "captions_val2017.json",
+    ]
     for split in coco.SPLITS:
-        assert all((data / split / name).read_bytes() == (drawn / split / name).read_bytes() for name in os.listdir(drawn / split))
+        assert all(
+            (data / split / name).read_bytes() == (drawn / split / name).read_bytes()
+            for name in os.listdir(drawn / split)
+        )
     # interrupted while the training pictures were unpacked: one is missing, one cut short
     monkeypatch.setenv("COCO_ENDPOINT", mirror)
-    for split, zipped in (("annotations", "annotations/annotations_trainval2017.zip"), ("train2017", "zips/train2017.zip")):
+    for split, zipped in (
+        ("annotations", "annotations/annotations_trainval2017.zip"),
+        ("train2017", "zips/train2017.zip"),
+    ):
         shutil.copy(tmp_path / "site" / zipped, data)
     (data / "train2017/000001.jpg").unlink()
     (data / "train2017/000002.jpg").write_bytes(b"cut")
     untouched = os.stat(data / "train2017/000003.jpg").st_mtime_ns
     coco.download_coco(str(data))
-    assert all((data / "train2017" / name).read_bytes() == (drawn / "train2017" / name).read_bytes() for name in os.listdir(drawn / "train2017"))
-    assert os.stat(data / "train2017/000003.jpg").st_mtime_ns == untouched and not list(data.glob("*.zip*"))
+    assert all(
+        (data / "train2017" / name).read_bytes() == (drawn / "train2017" / name).read_bytes()
+        for name in os.listdir(drawn / "train2017")
+    )
+    assert os.stat(data / "train2017/000003.jpg").st_mtime_ns == untouched and not list(
+        data.glob("*.zip*")
+    )
     # a damaged zip, one that lacks a picture, and a full disk
     for name in (b"damaged", b"short"):
         picture = drawn / "val2017/000001.jpg"
         content = (tmp_path / "site/zips/val2017.zip").read_bytes()
         if name == b"damaged":
-            (tmp_path / "site/zips/val2017.zip").write_bytes(content.replace(picture.read_bytes()[-200:], bytes(200)))
+            (tmp_path / "site/zips/val2017.zip").write_bytes(
+                content.replace(picture.read_bytes()[-200:], bytes(200))
+            )
         else:
-            zip_of(tmp_path / "site/zips/val2017.zip", [("val2017/000002.jpg", (drawn / "val2017/000002.jpg").read_bytes())])
+            zip_of(
+                tmp_path / "site/zips/val2017.zip",
+                [("val2017/000002.jpg", (drawn / "val2017/000002.jpg").read_bytes())],
+            )
         other = tmp_path / name.decode()
         with pytest.raises(SystemExit):
             coco.download_coco(str(other))
-        assert ("is damaged" if name == b"damaged" else "lacks 5 of the pictures") in capsys.readouterr().err
+        assert (
+            "is damaged" if name == b"damaged" else "lacks 5 of the pictures"
+        ) in capsys.readouterr().err
         assert len(os.listdir(other / "train2017")) == 120
         (tmp_path / "site/zips/val2017.zip").write_bytes(content)
-    monkeypatch.setattr(coco.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(
+        coco.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
     with pytest.raises(SystemExit):
         coco.download_coco(str(tmp_path / "full"))
     assert "are free" in capsys.readouterr().err and os.listdir(tmp_path / "full") == []
@@ -2419,8 +2809,19 @@ def test_eda_counts_what_is_there(tmp_path, capsys):
 def test_trainable_parameters_at_real_size():
     with torch.device("meta"):
         gpt = GPT(GPTConfig())
-        count = {name: sum(p.numel() for p in Captioner(gpt, fusion, every, 768).parameters() if p.requires_grad)
-                 for name, fusion, every in (("1", "xattn", 1), ("2", "xattn", 2), ("4", "xattn", 4), ("linear", "linear", 1))}
+        count = {
+            name: sum(
+                p.numel()
+                for p in Captioner(gpt, fusion, every, 768).parameters()
+                if p.requires_grad
+            )
+            for name, fusion, every in (
+                ("1", "xattn", 1),
+                ("2", "xattn", 2),
+                ("4", "xattn", 4),
+                ("linear", "linear", 1),
+            )
+        }
     C = 768
     block = 12 * C**2 + 13 * C + 2  # q, kv, out, MLP; their biases and two norms; two gates: 7.09M
     projection = C * (C + 1) + 2 * C
@@ -2440,16 +2841,22 @@ def test_gates_at_zero_leave_the_gpt_as_it_was(every):
 def test_captioner_without_a_picture_is_the_gpt(fusion):
     model, idx = open_eyed(fusion), torch.randint(0, 101, (2, 12))
     assert torch.equal(model.logits(idx), model.gpt(idx))
-    assert not torch.allclose(model.logits(idx, model.encode_image(torch.randn(2, 9, 24))), model.gpt(idx), atol=1e-2)
+    assert not torch.allclose(
+        model.logits(idx, model.encode_image(torch.randn(2, 9, 24))), model.gpt(idx), atol=1e-2
+    )
 
 
-@pytest.mark.parametrize("fusion, every", [("xattn", 1), ("xattn", 2), ("linear", 1), ("qformer", 1)])
+@pytest.mark.parametrize(
+    "fusion, every", [("xattn", 1), ("xattn", 2), ("linear", 1), ("qformer", 1)]
+)
 def test_cached_captions_equal_recomputed_ones(fusion, every):
     model, features, bos = open_eyed(fusion, every), torch.randn(3, 9, 24), 100
     plain = torch.full((3, 1), bos)
     with torch.no_grad():
         for _ in range(15):
-            plain = torch.cat([plain, model.logits(plain, model.encode_image(features))[:, -1:].argmax(-1)], 1)
+            plain = torch.cat(
+                [plain, model.logits(plain, model.encode_image(features))[:, -1:].argmax(-1)], 1
+            )
     cached = model.generate(features, bos, 15)
     for ours, full in zip(cached.tolist(), plain[:, 1:].tolist()):
         end = full.index(bos) + 1 if bos in full else 15
@@ -2462,13 +2869,17 @@ def beams(model, features, beam, length, stop):
     P = image.shape[1] if torch.is_tensor(image) else 0
     cache = train_gpt2.KVCache(model.gpt.config, B * beam, P + 1 + length, model.gpt.lm_head.weight)
     start = torch.full((B * beam, 1), stop)
-    return train_caption.beam_search(lambda new: model.logits(new, image, cache), cache, start, beam, length, stop)
+    return train_caption.beam_search(
+        lambda new: model.logits(new, image, cache), cache, start, beam, length, stop
+    )
 
 
 @pytest.mark.parametrize("fusion", ["xattn", "linear"])
 def test_a_beam_of_one_is_greedy(fusion):
     model, features = open_eyed(fusion), torch.randn(5, 9, 24)
-    assert torch.equal(beams(model, features, 1, 15, stop=100)[:, 0], model.generate(features, 100, 15))
+    assert torch.equal(
+        beams(model, features, 1, 15, stop=100)[:, 0], model.generate(features, 100, 15)
+    )
 
 
 @pytest.mark.parametrize("fusion", ["xattn", "linear"])
@@ -2476,56 +2887,92 @@ def test_a_beam_wide_enough_ranks_all_captions_as_trying_each_does(fusion):
     stop, length, features = 4, 3, torch.randn(2, 9, 24)
     model = open_eyed(fusion, gpt=small_gpt(vocab_size=5, scale=3))
     endless = [list(said) for said in itertools.product(range(5), repeat=length)]
-    every_caption = sorted({tuple(said[:said.index(stop) + 1] if stop in said else said) for said in endless})  # 85
+    every_caption = sorted(
+        {tuple(said[: said.index(stop) + 1] if stop in said else said) for said in endless}
+    )  # 85
     found = beams(model, features, 100, length, stop).tolist()
     for b in range(2):
-        image, mean = model.encode_image(features[b:b + 1]), {}
+        image, mean = model.encode_image(features[b : b + 1]), {}
         for said in every_caption:  # without cache, one at a time
             logp = model.logits(torch.tensor([[stop, *said[:-1]]]), image).log_softmax(-1)[0]
             mean[said] = logp[range(len(said)), said].mean().item()
         ranked = sorted(every_caption, key=mean.get, reverse=True)
-        assert [tuple(row[:row.index(stop) + 1] if stop in row else row) for row in found[b]][:len(ranked)] == ranked
+        assert [tuple(row[: row.index(stop) + 1] if stop in row else row) for row in found[b]][
+            : len(ranked)
+        ] == ranked
     best = model.generate(features, stop, length, num=2, beam=100).tolist()
     assert best == [row for rows in found for row in rows[:2]]
 
 
 def test_frozen_matrices_in_bfloat16_change_nothing_for_autocast():
-    idx, features, autocast = torch.randint(0, 101, (2, 12)), torch.randn(2, 9, 24), torch.autocast("cpu", torch.bfloat16)
+    idx, features, autocast = (
+        torch.randint(0, 101, (2, 12)),
+        torch.randn(2, 9, 24),
+        torch.autocast("cpu", torch.bfloat16),
+    )
     model = open_eyed("xattn")
     embedding = model.gpt.transformer.wte.weight
-    embedding.data = embedding.bfloat16().float()  # read as it is, not only multiplied: this one is rounded
+    embedding.data = (
+        embedding.bfloat16().float()
+    )  # read as it is, not only multiplied: this one is rounded
     with torch.no_grad(), autocast:
         before = model.logits(idx, model.encode_image(features))
         model.to_process(Process(0, 1, "cpu", torch.bfloat16))
         assert torch.equal(model.logits(idx, model.encode_image(features)), before)
-    assert model.gpt.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16 and model.project[0].weight.dtype == torch.float32
+    assert (
+        model.gpt.transformer.h[0].mlp.c_fc.weight.dtype == torch.bfloat16
+        and model.project[0].weight.dtype == torch.float32
+    )
 
 
 def test_scst_follows_the_gradient_of_expected_cider():
-    """All captions of two words at most, all pairs of samples: what is descended on average is minus the gradient of sum p(caption) CIDEr(caption)."""
+    """
+    All captions of two words at most, all pairs of samples: what is descended on average is minus
+    the gradient of sum p(caption) CIDEr(caption).
+    """
     eot, features = 2, torch.randn(1, 9, 24)
     model = open_eyed("linear", gpt=small_gpt(vocab_size=3, scale=3))
-    tokenizer = SimpleNamespace(eot_token=eot, decode=lambda row: " ".join("ab"[token] for token in row))
+    tokenizer = SimpleNamespace(
+        eot_token=eot, decode=lambda row: " ".join("ab"[token] for token in row)
+    )
     references = [[["a", "b", train_caption.END], ["b", train_caption.END]]]
     df = cider.document_frequencies(references + [[["c", train_caption.END]], [["a", "c"]]])
     captions = [[eot, eot]] + [[first, second] for first in (0, 1) for second in (0, 1, eot)]
     targets = torch.tensor(captions)
     targets[0, 1] = -100
     starts = torch.tensor([[eot, first] for first, _ in captions])
-    logp = model.logits(starts, model.encode_image(features, torch.zeros(7, dtype=torch.long))).log_softmax(-1)  # (7, 2, 3)
-    p = (logp.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)).sum(1).exp()  # (7,)
-    said = [["ab"[token] for token in row if token != eot] + [train_caption.END] * (eot in row) for row in captions]
-    rewards = torch.from_numpy(cider.evaluate(said, references * 7, df, tokenized=True)[1]["CIDEr"]).float()
+    logp = model.logits(
+        starts, model.encode_image(features, torch.zeros(7, dtype=torch.long))
+    ).log_softmax(
+        -1
+    )  # (7, 2, 3)
+    p = (
+        (logp.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets >= 0)).sum(1).exp()
+    )  # (7,)
+    said = [
+        ["ab"[token] for token in row if token != eot] + [train_caption.END] * (eot in row)
+        for row in captions
+    ]
+    rewards = torch.from_numpy(
+        cider.evaluate(said, references * 7, df, tokenized=True)[1]["CIDEr"]
+    ).float()
     assert p.sum().item() == pytest.approx(1) and len(set(rewards.tolist())) > 4
     parameters = list(model.project.parameters())
     exact = torch.autograd.grad(p @ rewards, parameters)
     ours = [torch.zeros_like(g) for g in exact]
     for one, two in itertools.product(range(7), repeat=2):
         model.generate = lambda *args, **kw: torch.tensor([captions[one], captions[two]])
-        *batch, mean = train_caption.self_critical(model, features, references, df, tokenizer, max_length=2, samples=2)
-        assert mean == pytest.approx((rewards[one] + rewards[two]).item() / 2) and batch[-1].sum().abs() < 1e-6
+        *batch, mean = train_caption.self_critical(
+            model, features, references, df, tokenizer, max_length=2, samples=2
+        )
+        assert (
+            mean == pytest.approx((rewards[one] + rewards[two]).item() / 2)
+            and batch[-1].sum().abs() < 1e-6
+        )
         idx, said, image_idx, weight = batch
-        for total, g in zip(ours, torch.autograd.grad(model(idx, features, said, image_idx, weight) / 2, parameters)):
+        for total, g in zip(
+            ours, torch.autograd.grad(model(idx, features, said, image_idx, weight) / 2, parameters)
+        ):
             total -= (p[one] * p[two]).item() * g
     for mine, g in zip(ours, exact):
         assert g.abs().max() > 1e-3
@@ -2537,8 +2984,12 @@ def test_first_word_is_trained_and_depends_on_the_picture(fusion):
     tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
     captions = TokenizedCaptions([["the cat"], ["a dog , a cat"]], tokenizer, 40)
     idx, targets = captions.batch([0, 1], "cpu")
-    assert (idx[:, 0] == tokenizer.eot_token).all() and targets[0, 0] == tokenizer.encode_ordinary("the")[0]
-    assert targets[0, 2] == tokenizer.eot_token and (targets[0, 3:] == -100).all()  # EOS is learned, padding is not
+    assert (idx[:, 0] == tokenizer.eot_token).all() and targets[0, 0] == tokenizer.encode_ordinary(
+        "the"
+    )[0]
+    assert (
+        targets[0, 2] == tokenizer.eot_token and (targets[0, 3:] == -100).all()
+    )  # EOS is learned, padding is not
     model = Captioner(small_gpt(vocab_size=tokenizer.n_vocab), fusion, 1, 24).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -2557,7 +3008,9 @@ def test_summed_loss_is_cross_entropy_of_caption_and_eos():
     targets[1, 3:] = -100
     features = torch.randn(2, 9, 24)
     logp = model.logits(idx, model.encode_image(features)).log_softmax(-1)
-    plain = -sum(logp[b, t, targets[b, t]] for b in range(2) for t in range(6) if targets[b, t] >= 0)
+    plain = -sum(
+        logp[b, t, targets[b, t]] for b in range(2) for t in range(6) if targets[b, t] >= 0
+    )
     torch.testing.assert_close(model(idx, features, targets), plain)
 
 
@@ -2569,22 +3022,30 @@ def test_long_captions_are_cut_and_counted():
 
 def test_training_batches_show_each_image_once_an_epoch():
     tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
-    captions = TokenizedCaptions([["a", "b", "c"][:1 + i % 3] for i in range(10)], tokenizer, 10)
-    images = np.concatenate([training_batch(step, 4, captions, seed=5)[0] for step in range(10)])  # 4 epochs
+    captions = TokenizedCaptions([["a", "b", "c"][: 1 + i % 3] for i in range(10)], tokenizer, 10)
+    images = np.concatenate(
+        [training_batch(step, 4, captions, seed=5)[0] for step in range(10)]
+    )  # 4 epochs
     chosen = np.concatenate([training_batch(step, 4, captions, seed=5)[1] for step in range(10)])
-    assert all(sorted(images[e:e + 10]) == list(range(10)) for e in range(0, 40, 10))
+    assert all(sorted(images[e : e + 10]) == list(range(10)) for e in range(0, 40, 10))
     assert all(captions.of_image[i] <= c < captions.of_image[i + 1] for i, c in zip(images, chosen))
     assert len(set(chosen)) > 10  # other captions in other epochs
 
 
 def test_perplexity_is_of_all_tokens_whatever_the_batch():
     tokenizer = fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300))
-    captions = TokenizedCaptions([["the cat", "a dog , a cat and 2 birds"], ["the dog's mat"]], tokenizer, 40)
+    captions = TokenizedCaptions(
+        [["the cat", "a dog , a cat and 2 birds"], ["the dog's mat"]], tokenizer, 40
+    )
     model = Captioner(small_gpt(vocab_size=tokenizer.n_vocab, scale=3), "linear", 1, 24).eval()
     features = np.random.default_rng(0).normal(size=(2, 9, 24)).astype(np.float16)
     whole = train_caption.perplexity(model, features, captions, ALONE)
-    assert whole == pytest.approx(train_caption.perplexity(model, features, captions, ALONE, rows_at_once=1), rel=1e-4)
-    assert whole != pytest.approx(train_caption.perplexity(model, features, captions, ALONE, which_image="wrong"), rel=1e-3)
+    assert whole == pytest.approx(
+        train_caption.perplexity(model, features, captions, ALONE, rows_at_once=1), rel=1e-4
+    )
+    assert whole != pytest.approx(
+        train_caption.perplexity(model, features, captions, ALONE, which_image="wrong"), rel=1e-3
+    )
 
 
 @pytest.fixture(scope="session")
@@ -2595,15 +3056,34 @@ def trained(road):
 
 def test_caption_run_leaves_what_it_promises(trained):
     results = json.load(open(trained / "out/caption_whole/results.json"))
-    assert {"fusion", "every", "trainable", "total", "perplexity", "CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "settings"} <= set(results)
+    assert {
+        "fusion",
+        "every",
+        "trainable",
+        "total",
+        "perplexity",
+        "CIDEr",
+        "Bleu_1",
+        "Bleu_2",
+        "Bleu_3",
+        "Bleu_4",
+        "ROUGE_L",
+        "settings",
+    } <= set(results)
     assert results["perplexity"] < results["perplexity_no_picture"]
-    assert all(hasattr(train_caption, name) for name in results["settings"])  # settings, and nothing else that has a name by then
+    assert all(
+        hasattr(train_caption, name) for name in results["settings"]
+    )  # settings, and nothing else that has a name by then
     images, references = coco.load_captions(str(trained / "shapes"), "val2017")
     said = json.load(open(trained / "out/caption_whole/captions_val2017.json"))
     assert [entry["image_id"] for entry in said] == [image["id"] for image in images]
     scores, _ = cider.evaluate([entry["caption"] for entry in said], references)
     assert {k: results[k] for k in scores} == scores == results["scores"]["greedy"]
-    run("cider.py out/caption_whole/captions_val2017.json shapes/annotations/captions_val2017.json out=judged.json", trained)
+    run(
+        "cider.py out/caption_whole/captions_val2017.json shapes/annotations/captions_val2017.json"
+        " out=judged.json",
+        trained,
+    )
     assert json.load(open(trained / "judged.json"))["scores"] == scores
     for name in ("captions.png", "curves.png", "attention.png"):
         assert Image.open(trained / "out/caption_whole" / name).size[0] > 300
@@ -2632,42 +3112,81 @@ def test_captioner_resumes_exactly(trained):
     run(f"{CAPTION_RUN} out_dir=half max_steps=4 min_lr=3e-3 ema=0.9", trained)
     run(f"{CAPTION_RUN} out_dir=half min_lr=3e-3 init_from=resume", trained)
     for column in ("loss", "perplexity"):
-        assert log_column(trained / "half/log.csv", column) == log_column(trained / "out/caption_whole/log.csv", column)
+        assert log_column(trained / "half/log.csv", column) == log_column(
+            trained / "out/caption_whole/log.csv", column
+        )
 
 
 def test_beam_and_published_protocol_are_reported_beside_greedy(trained):
     shutil.copytree(trained / "out/caption_whole", trained / "judged")
-    said = run(f"{CAPTION_RUN} out_dir=judged init_from=resume eval_only=True beam=3 single_reference=True", trained)
-    results, before = (json.load(open(trained / name / "results.json")) for name in ("judged", "out/caption_whole"))
-    assert list(results["scores"]) == ["greedy", "greedy, one reference", "beam=3"] and all(name in said for name in results["scores"])
+    said = run(
+        f"{CAPTION_RUN} out_dir=judged init_from=resume eval_only=True beam=3"
+        " single_reference=True",
+        trained,
+    )
+    results, before = (
+        json.load(open(trained / name / "results.json")) for name in ("judged", "out/caption_whole")
+    )
+    assert list(results["scores"]) == ["greedy", "greedy, one reference", "beam=3"] and all(
+        name in said for name in results["scores"]
+    )
     assert results["scores"]["greedy"] == before["scores"]["greedy"]
-    captions = [[entry["caption"] for entry in json.load(open(trained / name / "captions_val2017.json"))] for name in ("out/caption_whole", "judged")]
+    captions = [
+        [entry["caption"] for entry in json.load(open(trained / name / "captions_val2017.json"))]
+        for name in ("out/caption_whole", "judged")
+    ]
     _, references = coco.load_captions(str(trained / "shapes"), "val2017")
-    assert cider.evaluate(captions[1], references)[0] == results["scores"]["beam=3"] == {k: results[k] for k in results["scores"]["beam=3"]}
+    assert (
+        cider.evaluate(captions[1], references)[0] == results["scores"]["beam=3"] == {
+            k: results[k] for k in results["scores"]["beam=3"]
+        }
+    )
     rng = np.random.default_rng(1337)
     one = [[refs[rng.integers(5)].split()] for refs in references]
-    assert cider.evaluate([caption.split() for caption in captions[0]], one, tokenized=True)[0] == results["scores"]["greedy, one reference"]
+    assert (
+        cider.evaluate([caption.split() for caption in captions[0]], one, tokenized=True)[0]
+        == results["scores"]["greedy, one reference"]
+    )
 
 
 def test_scst_starts_from_a_run_and_resumes_exactly(trained):
-    scst = "train_caption.py scst=True learning_rate=3e-3 min_lr=3e-3 samples=3 eval_interval=3 batch_size=8 device=cpu dtype=bfloat16"
+    scst = (
+        "train_caption.py scst=True learning_rate=3e-3 min_lr=3e-3 samples=3 eval_interval=3"
+        " batch_size=8 device=cpu dtype=bfloat16"
+    )
     run(f"{scst} init_from=out/caption_whole out_dir=scst max_steps=4", trained)
     run(f"{scst} init_from=out/caption_whole out_dir=scst_half max_steps=2", trained)
-    run(f"{scst} data=shapes encoder=patches init_from=resume out_dir=scst_half max_steps=4", trained)
+    run(
+        f"{scst} data=shapes encoder=patches init_from=resume out_dir=scst_half max_steps=4",
+        trained,
+    )
     for column in ("loss", "reward", "perplexity"):
-        assert log_column(trained / "scst_half/log.csv", column) == log_column(trained / "scst/log.csv", column)
+        assert log_column(trained / "scst_half/log.csv", column) == log_column(
+            trained / "scst/log.csv", column
+        )
     assert len(log_column(trained / "scst/log.csv", "reward")) == 4
-    before, after = (train_gpt2.load_checkpoint(str(trained / name / "ckpt.pt")) for name in ("out/caption_whole", "scst"))
-    assert after["settings"]["gpt"] == "gpt/ckpt.pt" and after["settings"]["encoder"] == "patches"  # the settings of the run it started from
+    before, after = (
+        train_gpt2.load_checkpoint(str(trained / name / "ckpt.pt"))
+        for name in ("out/caption_whole", "scst")
+    )
+    assert (
+        after["settings"]["gpt"] == "gpt/ckpt.pt" and after["settings"]["encoder"] == "patches"
+    )  # the settings of the run it started from
     moved = {k: not torch.equal(w, before["model"][k].to(w)) for k, w in after["model"].items()}
-    assert all(moved[k] != k.startswith("gpt.") for k in moved), moved  # every trained tensor, also in bfloat16, and no frozen one
+    assert all(
+        moved[k] != k.startswith("gpt.") for k in moved
+    ), moved  # every trained tensor, also in bfloat16, and no frozen one
 
 
 @pytest.fixture
 def server(trained):
     """A web server for the folder of the small road."""
-    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
-    served = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(trained)))
+    handler = type(
+        "Quiet", (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None)
+    )
+    served = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(trained))
+    )
     threading.Thread(target=served.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{served.server_port}"
     served.shutdown()
@@ -2680,11 +3199,29 @@ def test_image_mode_needs_the_checkpoint_alone(trained, tmp_path, server):
     os.mkdir(tmp_path / "mine")
     shutil.copy(trained / "out/caption_whole/ckpt.pt", tmp_path / "out/caption_x")
     for i in range(1, 5):
-        shutil.copy(trained / f"shapes/val2017/00000{i}.jpg", tmp_path / ("mine" if i < 3 else "") / f"{i}.jpg")
+        shutil.copy(
+            trained / f"shapes/val2017/00000{i}.jpg",
+            tmp_path / ("mine" if i < 3 else "") / f"{i}.jpg",
+        )
     (tmp_path / "mine/notes.txt").write_text("not a picture")
-    said = run(f"train_caption.py image=mine,*3.jpg,4.jpg,{server}/shapes/val2017/000001.jpg num=2 beam=3", tmp_path).splitlines()
-    names = [name for name in ("mine/1.jpg", "mine/2.jpg", "3.jpg", "4.jpg", f"{server}/shapes/val2017/000001.jpg") for _ in range(2)]
-    assert [line.rsplit(": ", 1)[0] for line in said[:10]] == names and said[0].split(": ")[-1] == said[8].split(": ")[-1]
+    said = run(
+        f"train_caption.py image=mine,*3.jpg,4.jpg,{server}/shapes/val2017/000001.jpg num=2 beam=3",
+        tmp_path,
+    ).splitlines()
+    names = [
+        name
+        for name in (
+            "mine/1.jpg",
+            "mine/2.jpg",
+            "3.jpg",
+            "4.jpg",
+            f"{server}/shapes/val2017/000001.jpg",
+        )
+        for _ in range(2)
+    ]
+    assert [line.rsplit(": ", 1)[0] for line in said[:10]] == names and said[0].split(": ")[
+        -1
+    ] == said[8].split(": ")[-1]
     assert Image.open(tmp_path / "out/caption_x/image.png").size[0] > 300
     assert "judged.json" in run(f"train_caption.py image={server}/judged.json", tmp_path, ok=False)
 
@@ -2697,21 +3234,43 @@ def test_a_folder_of_pictures_is_captioned_but_for_the_broken_ones(trained, tmp_
     (tmp_path / "film.mpg").write_bytes(b"film")
     (tmp_path / "folder.png").mkdir()
     words = f"image={tmp_path} init_from=out/caption_whole device=cpu"
-    done = subprocess.run([sys.executable, os.path.join(REPO, "train_caption.py"), *words.split()], cwd=trained, capture_output=True, text=True)
-    assert done.returncode == 2 and "1 could not be captioned" in done.stderr and "broken.jpg" in done.stderr
+    done = subprocess.run(
+        [sys.executable, os.path.join(REPO, "train_caption.py"), *words.split()],
+        cwd=trained,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 2
+        and "1 could not be captioned" in done.stderr
+        and "broken.jpg" in done.stderr
+    )
     assert "a,b.png: " in done.stdout and "fine.jpg: " in done.stdout and "film" not in done.stdout
     names = f"{tmp_path}/a,b.png,{tmp_path}/fine.jpg,http://h/a.png?w=1,h=2,{tmp_path}/fine.jpg"
-    assert train_caption.split_names(names) == [f"{tmp_path}/a,b.png", f"{tmp_path}/fine.jpg", "http://h/a.png?w=1,h=2", f"{tmp_path}/fine.jpg"]
+    assert train_caption.split_names(names) == [
+        f"{tmp_path}/a,b.png",
+        f"{tmp_path}/fine.jpg",
+        "http://h/a.png?w=1,h=2",
+        f"{tmp_path}/fine.jpg",
+    ]
 
 
 def test_the_best_checkpoint_is_scored_and_a_run_is_never_trained_over(trained):
     folder = trained / "out/caption_whole"
     last, best = (train_gpt2.load_checkpoint(str(folder / name)) for name in ("ckpt.pt", "best.pt"))
-    cider_by_step = {row["step"]: row["CIDEr"] for row in train_gpt2.read_log(folder / "log.csv") if row["CIDEr"] is not None}
+    cider_by_step = {
+        row["step"]: row["CIDEr"]
+        for row in train_gpt2.read_log(folder / "log.csv")
+        if row["CIDEr"] is not None
+    }
     results = json.loads((folder / "results.json").read_text())
-    assert last["step"] == 8 and results["step"] == best["step"] == max((4, 8), key=cider_by_step.get)
+    assert last["step"] == 8 and results["step"] == best["step"] == max(
+        (4, 8), key=cider_by_step.get
+    )
     assert results["CIDEr"] == pytest.approx(cider_by_step[best["step"]], rel=1e-6) == best["best"]
-    before = {name: (folder / name).stat().st_mtime_ns for name in os.listdir(folder) if name != ".lock"}
+    before = {
+        name: (folder / name).stat().st_mtime_ns for name in os.listdir(folder) if name != ".lock"
+    }
     assert "init_from=resume" in run(f"{CAPTION_RUN} out_dir=out/caption_whole", trained, ok=False)
     for words in ("image=", "image=None", "split=train2017"):
         run(f"{CAPTION_RUN} out_dir=out/caption_whole {words}", trained, ok=False)
@@ -2724,8 +3283,14 @@ def test_features_that_overflow_end_the_run_before_a_save(trained):
     for split in coco.SPLITS:
         path = data / f"features/patches_{split}.npy"
         np.save(path, np.load(path) * 60000.0)  # finite in float16, and far too large
-    command = f"{CAPTION_RUN.replace('data=shapes', 'data=hot')} out_dir=hot_run learning_rate=1e30 fusion=linear"
-    assert "step " in run(command, trained, ok=False) and not (trained / "hot_run/results.json").exists()
+    command = (
+        f"{CAPTION_RUN.replace('data=shapes', 'data=hot')} out_dir=hot_run learning_rate=1e30"
+        " fusion=linear"
+    )
+    assert (
+        "step " in run(command, trained, ok=False)
+        and not (trained / "hot_run/results.json").exists()
+    )
 
 
 @needs_shared
@@ -2739,9 +3304,13 @@ def test_gpt_from_the_hub_a_folder_or_a_file(trained):
         losses += log_column(trained / "hub/log.csv", "loss")
     assert losses[0] == losses[1] == pytest.approx(np.log(50257), abs=0.2)
     shutil.rmtree(trained / "pretrained")
-    assert "000001.jpg: " in run("train_caption.py image=shapes/val2017/000001.jpg out_dir=hub", trained, env=words)
+    assert "000001.jpg: " in run(
+        "train_caption.py image=shapes/val2017/000001.jpg out_dir=hub", trained, env=words
+    )
     small_gpt().save_pretrained(str(trained / "other_words"))
-    assert "with its own tokenizer" in run(f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words)
+    assert "with its own tokenizer" in run(
+        f"{CAPTION_RUN} gpt=other_words", trained, ok=False, env=words
+    )
 
 
 @pytest.mark.parametrize("fusion", ["linear", "qformer"])
@@ -2749,7 +3318,10 @@ def test_prefix_bridges_train(road, fusion):
     run(f"{CAPTION_RUN} out_dir=run_{fusion} fusion={fusion}", road)
     results = json.load(open(road / f"run_{fusion}/results.json"))
     assert results["fusion"] == fusion and results["perplexity"] < results["perplexity_no_picture"]
-    assert (results["settings"]["weight_decay"], results["settings"]["beta2"]) == (0.05, 0.98)  # the recipe of the published prefix runs,
+    assert (results["settings"]["weight_decay"], results["settings"]["beta2"]) == (
+        0.05,
+        0.98,
+    )  # the recipe of the published prefix runs,
     assert results["settings"]["batch_size"] == 16  # but for what the command line says
 
 
@@ -2757,51 +3329,87 @@ def test_all_variants_share_one_table(road):
     said = run(f"{CAPTION_RUN} out_dir=all fusion=all max_steps=2 eval_interval=2", road)
     rows = json.load(open(road / "all/results.json"))
     assert [(row["fusion"], row["every"]) for row in rows] == list(train_caption.VARIANTS)
-    assert all(f"{row['trainable']:,}" in said and row["settings"]["max_steps"] == 2 for row in rows) and os.path.exists(road / "all/comparison.png")
+    assert all(
+        f"{row['trainable']:,}" in said and row["settings"]["max_steps"] == 2 for row in rows
+    ) and os.path.exists(road / "all/comparison.png")
 
 
-@pytest.mark.parametrize("command, hint", [
-    ("train_caption.py every=0", "must be >= 1"),
-    ("train_caption.py data=shapes eval_only=True", "init_from=resume"),
-    ("train_caption.py data=shapes gpt=out/caption_whole/ckpt.pt encoder=patches", "not a checkpoint of train_gpt2.py"),
-    ("train_caption.py image=shapes/val2017/000001.jpg out_dir=gpt", "not a checkpoint of train_caption.py"),
-    ("train_caption.py evry=2", "did you mean 'every'"),
-    ("train_caption.py every=two", "whole number"),
-    ("train_caption.py data=nowhere", "no such folder"),
-    ("train_caption.py data=badjson gpt=gpt/ckpt.pt", "not a COCO captions file"),
-    ("train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=absent", "coco.py data=shapes encoder=absent"),
-    ("train_caption.py data=rows gpt=gpt/ckpt.pt encoder=patches", "200 images"),
-    ("train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=patches init_from=resume out_dir=other_shape", "of another shape"),
-    ("train_caption.py data=shapes gpt=nothing.pt encoder=patches", "nothing.pt"),
-    ("train_caption.py image=broken.jpg", "broken.jpg is not a readable picture"),
-    ("train_caption.py image=nowhere/*.jpg", "nowhere/*.jpg"),
-    ("train_caption.py image=broken.jpg num=3 temperature=0", "num=3"),
-    ("train_caption.py scst=True", "init_from="),
-    ("train_caption.py init_from=out/caption_whole every=2", "every=1"),
-    ("train_caption.py init_from=out/caption_whole out_dir=out/caption_whole", "overwrite"),
-    ("train_caption.py image=shapes/val2017/000001.jpg out_dir=other_eye", "not those"),
-    ("train_caption.py image=shapes/val2017/000001.jpg out_dir=no_eye", "another program"),
-    ("coco.py data=nowhere eda=True", "downloads COCO there"),
-    ("train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3 total_batch_size=512", "not a multiple"),
-    ("train_gpt2.py data=nowhere", "fineweb.py"),
-    ("fineweb.py text=nowhere.txt", "nowhere.txt"),
-])
+@pytest.mark.parametrize(
+    "command, hint",
+    [
+        ("train_caption.py every=0", "must be >= 1"),
+        ("train_caption.py data=shapes eval_only=True", "init_from=resume"),
+        (
+            "train_caption.py data=shapes gpt=out/caption_whole/ckpt.pt encoder=patches",
+            "not a checkpoint of train_gpt2.py",
+        ),
+        (
+            "train_caption.py image=shapes/val2017/000001.jpg out_dir=gpt",
+            "not a checkpoint of train_caption.py",
+        ),
+        ("train_caption.py evry=2", "did you mean 'every'"),
+        ("train_caption.py every=two", "whole number"),
+        ("train_caption.py data=nowhere", "no such folder"),
+        ("train_caption.py data=badjson gpt=gpt/ckpt.pt", "not a COCO captions file"),
+        (
+            "train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=absent",
+            "coco.py data=shapes encoder=absent",
+        ),
+        ("train_caption.py data=rows gpt=gpt/ckpt.pt encoder=patches", "200 images"),
+        (
+            (
+                "train_caption.py data=shapes gpt=gpt/ckpt.pt encoder=patches init_from=resume"
+                " out_dir=other_shape"
+            ),
+            "of another shape",
+        ),
+        ("train_caption.py data=shapes gpt=nothing.pt encoder=patches", "nothing.pt"),
+        ("train_caption.py image=broken.jpg", "broken.jpg is not a readable picture"),
+        ("train_caption.py image=nowhere/*.jpg", "nowhere/*.jpg"),
+        ("train_caption.py image=broken.jpg num=3 temperature=0", "num=3"),
+        ("train_caption.py scst=True", "init_from="),
+        ("train_caption.py init_from=out/caption_whole every=2", "every=1"),
+        ("train_caption.py init_from=out/caption_whole out_dir=out/caption_whole", "overwrite"),
+        ("train_caption.py image=shapes/val2017/000001.jpg out_dir=other_eye", "not those"),
+        ("train_caption.py image=shapes/val2017/000001.jpg out_dir=no_eye", "another program"),
+        ("coco.py data=nowhere eda=True", "downloads COCO there"),
+        (
+            (
+                "train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3"
+                " total_batch_size=512"
+            ),
+            "not a multiple",
+        ),
+        ("train_gpt2.py data=nowhere", "fineweb.py"),
+        ("fineweb.py text=nowhere.txt", "nowhere.txt"),
+    ],
+)
 def test_bad_input_ends_with_one_line(trained, command, hint):
     os.makedirs(trained / "badjson/annotations", exist_ok=True)
     for split in coco.SPLITS:
         (trained / f"badjson/annotations/captions_{split}.json").write_text('{"pictures": []}')
-    shutil.copytree(trained / "shapes", trained / "rows", dirs_exist_ok=True, ignore=shutil.ignore_patterns("features"))
+    shutil.copytree(
+        trained / "shapes",
+        trained / "rows",
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("features"),
+    )
     os.makedirs(trained / "rows/features", exist_ok=True)
     np.save(trained / "rows/features/patches_train2017.npy", np.zeros((150, 64, 194), np.float16))
     (trained / "broken.jpg").write_bytes(b"not a jpeg")
     whole = train_gpt2.load_checkpoint(str(trained / "out/caption_whole/ckpt.pt"))
-    for name, change in dict(other_shape=dict(model=whole["model"] | {"project.0.weight": torch.zeros(7, 7)}), other_eye=dict(weights="others"),
-                             no_eye=dict(settings=whole["settings"] | dict(encoder="squeezenet1_1"), pretrained=None)).items():
+    for name, change in dict(
+        other_shape=dict(model=whole["model"] | {"project.0.weight": torch.zeros(7, 7)}),
+        other_eye=dict(weights="others"),
+        no_eye=dict(settings=whole["settings"] | dict(encoder="squeezenet1_1"), pretrained=None),
+    ).items():
         os.makedirs(trained / name, exist_ok=True)
         torch.save(whole | change, trained / name / "ckpt.pt")
     before = {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}
     assert hint in run(command, trained, ok=False)
-    assert before == {p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"}  # nothing half-written
+    assert before == {
+        p for p in trained.rglob("*") if "features" in p.parts and p.suffix == ".npy"
+    }  # nothing half-written
 
 
 # ---- PaliGemma (paligemma_prompt.py)
@@ -2812,19 +3420,51 @@ WAY = dict(prompt="soft", n_soft=5)
 
 
 def theirs(gemma2=False):
-    """transformers' PaliGemma, random, with attention sharp enough to tell masks apart; a PaliGemma 2 with tight caps."""
+    """
+    transformers' PaliGemma, random, with attention sharp enough to tell masks apart; a PaliGemma 2
+    with tight caps.
+    """
     coco.mend_torchvision()
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 
-    text = dict(model_type="gemma2" if gemma2 else "gemma", hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
-                num_key_value_heads=2 if gemma2 else 1, vocab_size=90, hidden_activation="gelu_pytorch_tanh")
+    text = dict(
+        model_type="gemma2" if gemma2 else "gemma",
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2 if gemma2 else 1,
+        vocab_size=90,
+        hidden_activation="gelu_pytorch_tanh",
+    )
     if gemma2:
-        text |= dict(query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
-    vision = dict(model_type="siglip_vision_model", hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, patch_size=14, image_size=42,
-                  projection_dim=48, vision_use_head=False)
+        text |= dict(
+            query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+        )
+    vision = dict(
+        model_type="siglip_vision_model",
+        hidden_size=40,
+        intermediate_size=56,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        patch_size=14,
+        image_size=42,
+        projection_dim=48,
+        vision_use_head=False,
+    )
     torch.manual_seed(int(gemma2))
-    config = PaliGemmaConfig(text_config=text, vision_config=vision, image_token_index=89, projection_dim=48, hidden_size=48, vocab_size=90)
-    model = PaliGemmaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    config = PaliGemmaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=89,
+        projection_dim=48,
+        hidden_size=48,
+        vocab_size=90,
+    )
+    model = PaliGemmaForConditionalGeneration._from_config(
+        config, attn_implementation="eager"
+    ).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3)
     return model
@@ -2832,10 +3472,15 @@ def theirs(gemma2=False):
 
 @pytest.fixture(scope="session", params=[False, True], ids=["PaliGemma", "PaliGemma 2"])
 def reference(request, tmp_path_factory):
-    """(transformers' model, the folder it was saved in, pictures, the same batch as they and as we want it)."""
+    """
+    (transformers' model, the folder it was saved in, pictures, the same batch as they and as we
+    want it).
+    """
     model, folder = theirs(request.param), str(tmp_path_factory.mktemp("reference"))
     model.save_pretrained(folder)
-    pixels, suffix = torch.rand(2, 3, 42, 42) * 2 - 1, torch.tensor([[20, 21, 22, 23, 1], [30, 31, 1, 0, 0]])
+    pixels, suffix = torch.rand(2, 3, 42, 42) * 2 - 1, torch.tensor(
+        [[20, 21, 22, 23, 1], [30, 31, 1, 0, 0]]
+    )
     ids = torch.cat([torch.tensor([[89] * 9 + [2] + HARD] * 2), suffix], 1)
     ids_mask, targets = (torch.arange(18) < torch.tensor([[18], [16]])).long(), suffix.clone()
     targets[1, 3:] = -100
@@ -2851,18 +3496,33 @@ def test_paligemma_equals_transformers(reference):
     model, folder, pixels, ids, mask, kind, targets = reference
     ours = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD)
     labels = torch.cat([torch.full((2, 13), -100), targets], 1)
-    out = model(input_ids=ids, pixel_values=pixels, token_type_ids=kind, attention_mask=mask, labels=labels)
+    out = model(
+        input_ids=ids, pixel_values=pixels, token_type_ids=kind, attention_mask=mask, labels=labels
+    )
     language = ours.model.language_model
     with torch.no_grad():
-        logits = language.head(language(torch.cat([ours.prefix(pixels), language.embed(ids[:, 13:])], 1), 13))
+        logits = language.head(
+            language(torch.cat([ours.prefix(pixels), language.embed(ids[:, 13:])], 1), 13)
+        )
     torch.testing.assert_close(logits[mask > 0], out.logits[mask > 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours(as_we_want_it(targets), pixels, targets) / 8, out.loss, atol=1e-5, rtol=1e-5)
-    tokens = model.generate(input_ids=ids[:, :13], pixel_values=pixels, token_type_ids=kind[:, :13], attention_mask=mask[:, :13], max_new_tokens=8, do_sample=False,
-                            eos_token_id=None)
+    torch.testing.assert_close(
+        ours(as_we_want_it(targets), pixels, targets) / 8, out.loss, atol=1e-5, rtol=1e-5
+    )
+    tokens = model.generate(
+        input_ids=ids[:, :13],
+        pixel_values=pixels,
+        token_type_ids=kind[:, :13],
+        attention_mask=mask[:, :13],
+        max_new_tokens=8,
+        do_sample=False,
+        eos_token_id=None,
+    )
     assert ours.generate(pixels, -1, 8).tolist() == tokens[:, 13:].tolist()
 
 
-@pytest.mark.parametrize("place, at", [("before_image", 0), ("after_image", 9), ("after_bos", 10), ("before_suffix", 13)])
+@pytest.mark.parametrize(
+    "place, at", [("before_image", 0), ("after_image", 9), ("after_bos", 10), ("before_suffix", 13)]
+)
 def test_soft_prompts_get_transformers_gradients(reference, place, at):
     model, folder, pixels, ids, mask, kind, targets = reference
     ours = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, soft_position=place, **WAY)
@@ -2875,8 +3535,12 @@ def test_soft_prompts_get_transformers_gradients(reference, place, at):
         x = model.get_input_embeddings()(ids)
         x[:, :9] = model.get_image_features(pixels).pooler_output
     x = torch.cat([x[:, :at], soft.expand(2, -1, -1), x[:, at:]], 1)
-    out = model(inputs_embeds=x, token_type_ids=torch.cat([kind[:, :1]] * 5 + [kind], 1), attention_mask=torch.cat([mask[:, :1]] * 5 + [mask], 1),
-                labels=torch.cat([torch.full((2, 18), -100), targets], 1))
+    out = model(
+        inputs_embeds=x,
+        token_type_ids=torch.cat([kind[:, :1]] * 5 + [kind], 1),
+        attention_mask=torch.cat([mask[:, :1]] * 5 + [mask], 1),
+        labels=torch.cat([torch.full((2, 18), -100), targets], 1),
+    )
     out.loss.backward()
     torch.testing.assert_close(loss, out.loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.soft.grad, soft.grad, atol=1e-5, rtol=1e-4)
@@ -2887,15 +3551,28 @@ def test_soft_prompts_get_transformers_gradients(reference, place, at):
 @pytest.mark.parametrize("name", ["", "legacy_names.safetensors", "big_vision.npz"])
 def test_paligemma_equals_the_oracle_in_every_format(name):
     oracle = {k: torch.from_numpy(v) for k, v in np.load(os.path.join(TINY, "oracle.npz")).items()}
-    hard, pixels, targets = oracle["prefix_ids"][1:].tolist(), oracle["pixel_values"], oracle["labels"][:, 20:]
-    idx, n = torch.cat([torch.zeros(2, 1, dtype=torch.long), oracle["input_ids"][:, 20:-1]], 1), (targets >= 0).sum()
+    hard, pixels, targets = (
+        oracle["prefix_ids"][1:].tolist(),
+        oracle["pixel_values"],
+        oracle["labels"][:, 20:],
+    )
+    idx, n = (
+        torch.cat([torch.zeros(2, 1, dtype=torch.long), oracle["input_ids"][:, 20:-1]], 1),
+        (targets >= 0).sum(),
+    )
     model = PaliGemma.from_pretrained(os.path.join(TINY, name))
     ours, language = PromptedPaliGemma(model, 2, hard), model.language_model
     with torch.no_grad():
-        logits = language.head(language(torch.cat([ours.prefix(pixels), language.embed(oracle["input_ids"][:, 20:])], 1), 20))
+        logits = language.head(
+            language(
+                torch.cat([ours.prefix(pixels), language.embed(oracle["input_ids"][:, 20:])], 1), 20
+            )
+        )
     real = oracle["attention_mask"] > 0
     torch.testing.assert_close(logits[real], oracle["train_logits"][real], atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours(idx, pixels, targets) / n, oracle["train_loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours(idx, pixels, targets) / n, oracle["train_loss"], atol=1e-5, rtol=0
+    )
     assert ours.generate(pixels, -1, 12).equal(oracle["generated_ids"])
     for place in paligemma_prompt.SOFT_POSITIONS:
         ours = PromptedPaliGemma(model, 2, hard, soft_position=place, **WAY)
@@ -2910,10 +3587,16 @@ def to_big_vision(model):
     """The inverse of what open_npz does, from the shapes in big_vision's own code."""
     c, arrays = model.config, {}
     state = {k: p.detach().numpy() for k, p in model.named_parameters()}
-    heads = lambda w, n: w.reshape(n, -1, w.shape[1]).transpose(0, 2, 1)  # (n * E, in) -> (n, in, E)
-    stack = lambda part, i: np.stack([state[f"{part[0]}.layers.{layer}.{part[1]}"] for layer in range(i)])
+    heads = lambda w, n: w.reshape(n, -1, w.shape[1]).transpose(
+        0, 2, 1
+    )  # (n * E, in) -> (n, in, E)
+    stack = lambda part, i: np.stack(
+        [state[f"{part[0]}.layers.{layer}.{part[1]}"] for layer in range(i)]
+    )
     tower, text = ("vision_tower.encoder", c.v_layer), ("language_model", c.n_layer)
-    put = lambda name, where, leaf, change=lambda w: w: arrays.__setitem__(name, np.stack([change(w) for w in stack((where[0], leaf), where[1])]))
+    put = lambda name, where, leaf, change=lambda w: w: arrays.__setitem__(
+        name, np.stack([change(w) for w in stack((where[0], leaf), where[1])])
+    )
     block, E = "params/img/Transformer/encoderblock/", c.v_embd // c.v_head
     for i in (0, 1):
         put(f"{block}LayerNorm_{i}/scale", tower, f"layer_norm{i + 1}.weight")
@@ -2921,31 +3604,74 @@ def to_big_vision(model):
         put(f"{block}MlpBlock_0/Dense_{i}/kernel", tower, f"mlp.fc{i + 1}.weight", np.transpose)
         put(f"{block}MlpBlock_0/Dense_{i}/bias", tower, f"mlp.fc{i + 1}.bias")
     for name in ("query", "key", "value"):
-        put(f"{block}MultiHeadDotProductAttention_0/{name}/kernel", tower, f"self_attn.{name[0]}_proj.weight", lambda w: w.T.reshape(-1, c.v_head, E))
-        put(f"{block}MultiHeadDotProductAttention_0/{name}/bias", tower, f"self_attn.{name[0]}_proj.bias", lambda w: w.reshape(c.v_head, E))
-    put(f"{block}MultiHeadDotProductAttention_0/out/kernel", tower, "self_attn.out_proj.weight", lambda w: w.T.reshape(c.v_head, E, -1))
+        put(
+            f"{block}MultiHeadDotProductAttention_0/{name}/kernel",
+            tower,
+            f"self_attn.{name[0]}_proj.weight",
+            lambda w: w.T.reshape(-1, c.v_head, E),
+        )
+        put(
+            f"{block}MultiHeadDotProductAttention_0/{name}/bias",
+            tower,
+            f"self_attn.{name[0]}_proj.bias",
+            lambda w: w.reshape(c.v_head, E),
+        )
+    put(
+        f"{block}MultiHeadDotProductAttention_0/out/kernel",
+        tower,
+        "self_attn.out_proj.weight",
+        lambda w: w.T.reshape(c.v_head, E, -1),
+    )
     put(f"{block}MultiHeadDotProductAttention_0/out/bias", tower, "self_attn.out_proj.bias")
     block = "params/llm/layers/"
     put(block + "attn/q_einsum/w", text, "self_attn.q_proj.weight", lambda w: heads(w, c.n_head))
-    k, v = (np.stack([heads(w, c.n_kv_head) for w in stack(("language_model", f"self_attn.{name}_proj.weight"), c.n_layer)]) for name in "kv")
+    k, v = (
+        np.stack(
+            [
+                heads(w, c.n_kv_head)
+                for w in stack(("language_model", f"self_attn.{name}_proj.weight"), c.n_layer)
+            ]
+        )
+        for name in "kv"
+    )
     arrays[block + "attn/kv_einsum/w"] = np.stack([k, v], 1)
-    put(block + "attn/attn_vec_einsum/w", text, "self_attn.o_proj.weight", lambda w: w.T.reshape(c.n_head, c.head_dim, -1))
-    gate, up = (stack(("language_model", f"mlp.{name}_proj.weight"), c.n_layer).transpose(0, 2, 1) for name in ("gate", "up"))
+    put(
+        block + "attn/attn_vec_einsum/w",
+        text,
+        "self_attn.o_proj.weight",
+        lambda w: w.T.reshape(c.n_head, c.head_dim, -1),
+    )
+    gate, up = (
+        stack(("language_model", f"mlp.{name}_proj.weight"), c.n_layer).transpose(0, 2, 1)
+        for name in ("gate", "up")
+    )
     arrays[block + "mlp/gating_einsum"] = np.stack([gate, up], 1)
     put(block + "mlp/linear", text, "mlp.down_proj.weight", np.transpose)
     put(block + "pre_attention_norm/scale", text, "input_layernorm.weight")
-    put(block + "pre_ffw_norm/scale", text, "pre_feedforward_layernorm.weight" if c.gemma2 else "post_attention_layernorm.weight")
+    put(
+        block + "pre_ffw_norm/scale",
+        text,
+        "pre_feedforward_layernorm.weight" if c.gemma2 else "post_attention_layernorm.weight",
+    )
     if c.gemma2:
         put(block + "post_attention_norm/scale", text, "post_attention_layernorm.weight")
         put(block + "post_ffw_norm/scale", text, "post_feedforward_layernorm.weight")
     arrays["params/llm/final_norm/scale"] = state["language_model.norm.weight"]
     arrays["params/llm/embedder/input_embedding"] = state["language_model.embed_tokens.weight"]
-    arrays["params/img/embedding/kernel"] = state["vision_tower.embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0)
+    arrays["params/img/embedding/kernel"] = state[
+        "vision_tower.embeddings.patch_embedding.weight"
+    ].transpose(2, 3, 1, 0)
     arrays["params/img/embedding/bias"] = state["vision_tower.embeddings.patch_embedding.bias"]
-    arrays["params/img/pos_embedding"] = state["vision_tower.embeddings.position_embedding.weight"][None]
+    arrays["params/img/pos_embedding"] = state["vision_tower.embeddings.position_embedding.weight"][
+        None
+    ]
     for leaf in ("weight", "bias"):
-        arrays["params/img/head/" + ("kernel" if leaf == "weight" else "bias")] = state[f"multi_modal_projector.linear.{leaf}"].T
-        arrays["params/img/Transformer/encoder_norm/" + ("scale" if leaf == "weight" else "bias")] = state[f"vision_tower.post_layernorm.{leaf}"]
+        arrays["params/img/head/" + ("kernel" if leaf == "weight" else "bias")] = state[
+            f"multi_modal_projector.linear.{leaf}"
+        ].T
+        arrays[
+            "params/img/Transformer/encoder_norm/" + ("scale" if leaf == "weight" else "bias")
+        ] = state[f"vision_tower.post_layernorm.{leaf}"]
     return {name: np.ascontiguousarray(w) for name, w in arrays.items()}
 
 
@@ -2953,12 +3679,23 @@ def to_big_vision(model):
 def test_big_vision_files_load_in_every_precision(reference, kind, tmp_path):
     model = PaliGemma.from_pretrained(reference[1])
     if kind == "bfloat16":  # as numpy writes what it has no name for: two bytes, |V2
-        arrays = {k: torch.from_numpy(w).bfloat16().view(torch.int16).numpy().view("V2") for k, w in to_big_vision(model).items()}
+        arrays = {
+            k: torch.from_numpy(w).bfloat16().view(torch.int16).numpy().view("V2")
+            for k, w in to_big_vision(model).items()
+        }
     else:
-        arrays = {k.removeprefix("params/") if kind == "float16" else k: w.astype(kind) for k, w in to_big_vision(model).items()}
+        arrays = {
+            k.removeprefix("params/") if kind == "float16" else k: w.astype(kind)
+            for k, w in to_big_vision(model).items()
+        }
     (np.savez_compressed if kind == "float16" else np.savez)(tmp_path / "model.npz", **arrays)
     again = PaliGemma.from_pretrained(str(tmp_path / "model.npz"))
-    assert {**vars(again.config), "query_scale": 0, "attn_softcap": 0, "final_softcap": 0} == {**vars(model.config), "query_scale": 0, "attn_softcap": 0, "final_softcap": 0}
+    assert {**vars(again.config), "query_scale": 0, "attn_softcap": 0, "final_softcap": 0} == {
+        **vars(model.config),
+        "query_scale": 0,
+        "attn_softcap": 0,
+        "final_softcap": 0,
+    }
     for (key, a), b in zip(again.named_parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b.to(getattr(torch, kind)).float()), key
 
@@ -2968,17 +3705,35 @@ def test_safetensors_may_be_sharded_and_config_incomplete(reference, tmp_path):
 
     state = load_file(os.path.join(reference[1], "model.safetensors"))
     said = json.load(open(os.path.join(reference[1], "config.json")))
-    for part, names in dict(text_config=("hidden_size", "rms_norm_eps", "vocab_size", "rope_parameters", "num_hidden_layers"),
-                            vision_config=("hidden_size", "image_size", "intermediate_size", "patch_size")).items():
+    for part, names in dict(
+        text_config=(
+            "hidden_size",
+            "rms_norm_eps",
+            "vocab_size",
+            "rope_parameters",
+            "num_hidden_layers",
+        ),
+        vision_config=("hidden_size", "image_size", "intermediate_size", "patch_size"),
+    ).items():
         for name in names:
             said[part].pop(name, None)
     names = {k: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(state)}
     for file in set(names.values()):
-        save_file({("model." + k if i % 3 else k): w for i, (k, w) in enumerate(state.items()) if names[k] == file} | {f"lm_head.{file[8]}": torch.zeros(2)}, tmp_path / file)
+        save_file(
+            {
+                ("model." + k if i % 3 else k): w
+                for i, (k, w) in enumerate(state.items())
+                if names[k] == file
+            }
+            | {f"lm_head.{file[8]}": torch.zeros(2)},
+            tmp_path / file,
+        )
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=names)))
     (tmp_path / "config.json").write_text(json.dumps(said))
     ours, again = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(str(tmp_path))
-    assert ours.config == again.config and all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    assert ours.config == again.config and all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True)
+    )
 
 
 def respell(reference, tmp_path, change):
@@ -3003,7 +3758,9 @@ def test_a_head_alone_is_the_table(reference, tmp_path):
 
     again = PaliGemma.from_pretrained(respell(reference, tmp_path, only_head))
     ours = PaliGemma.from_pretrained(reference[1])
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True)
+    )
 
 
 def untied(state, config):
@@ -3015,13 +3772,33 @@ def quantized(state, config):
     state[table_name(state)] = state[table_name(state)].to(torch.int8)
 
 
-@pytest.mark.parametrize("change, hint", [
-    (untied, "tie_word_embeddings=false"), (quantized, "stored as I8"),
-    (lambda state, config: config["text_config"].update(model_type="llama"), "model_type=llama"),
-    (lambda state, config: config["text_config"].update(rope_scaling=dict(type="linear")), "scales RoPE"),
-    (lambda state, config: config["text_config"].update(hidden_activation="silu"), "activation=silu"),
-    (lambda state, config: config["vision_config"].update(num_attention_heads=7), "7 heads do not divide"),
-    (lambda state, config: config["text_config"].update(head_dim="16"), "not one of a PaliGemma")])
+@pytest.mark.parametrize(
+    "change, hint",
+    [
+        (untied, "tie_word_embeddings=false"),
+        (quantized, "stored as I8"),
+        (
+            lambda state, config: config["text_config"].update(model_type="llama"),
+            "model_type=llama",
+        ),
+        (
+            lambda state, config: config["text_config"].update(rope_scaling=dict(type="linear")),
+            "scales RoPE",
+        ),
+        (
+            lambda state, config: config["text_config"].update(hidden_activation="silu"),
+            "activation=silu",
+        ),
+        (
+            lambda state, config: config["vision_config"].update(num_attention_heads=7),
+            "7 heads do not divide",
+        ),
+        (
+            lambda state, config: config["text_config"].update(head_dim="16"),
+            "not one of a PaliGemma",
+        ),
+    ],
+)
 def test_what_would_compute_something_else_is_refused(change, hint, reference, tmp_path, capsys):
     with pytest.raises(SystemExit):
         PaliGemma.from_pretrained(respell(reference, tmp_path, change))
@@ -3029,7 +3806,9 @@ def test_what_would_compute_something_else_is_refused(change, hint, reference, t
 
 
 def test_a_soft_prompt_beside_lora_has_its_own_rate(reference):
-    ours = PromptedPaliGemma(PaliGemma.from_pretrained(reference[1]), 2, HARD, trainable="lora", **WAY)
+    ours = PromptedPaliGemma(
+        PaliGemma.from_pretrained(reference[1]), 2, HARD, trainable="lora", **WAY
+    )
     optimizers = paligemma_prompt.make_optimizer(ours, "adamw", 50.0)
     before = {k: p.detach().clone() for k, p in ours.trained().items()}
     for p in ours.trained().values():
@@ -3042,32 +3821,63 @@ def test_a_soft_prompt_beside_lora_has_its_own_rate(reference):
 
 def test_a_model_that_was_trained_whole_with_a_soft_prompt_loads_again(prompted, monkeypatch):
     command = "batch_size=8 max_steps=2 eval_interval=2 device=cpu"
-    inside(f"paligemma=base/adapter.safetensors data=aerial trainable=all prompt=soft out_dir=all_of_it {command}", prompted, monkeypatch)
+    inside(
+        "paligemma=base/adapter.safetensors data=aerial trainable=all prompt=soft"
+        f" out_dir=all_of_it {command}",
+        prompted,
+        monkeypatch,
+    )
     rows = (prompted / "all_of_it/log.csv").read_text()
-    inside("init_from=all_of_it eval_only=True data=aerial device=cpu batch_size=8", prompted, monkeypatch)
-    assert (prompted / "all_of_it/log.csv").read_text() == rows  # an evaluation leaves the run as it was
-    ours, again = (json.loads((prompted / folder / "results.json").read_text()) for folder in ("all_of_it", "all_of_it/eval"))
+    inside(
+        "init_from=all_of_it eval_only=True data=aerial device=cpu batch_size=8",
+        prompted,
+        monkeypatch,
+    )
+    assert (
+        prompted / "all_of_it/log.csv"
+    ).read_text() == rows  # an evaluation leaves the run as it was
+    ours, again = (
+        json.loads((prompted / folder / "results.json").read_text())
+        for folder in ("all_of_it", "all_of_it/eval")
+    )
     assert ours["perplexity"] == pytest.approx(again["perplexity"], rel=1e-6)
 
 
 def test_two_folders_are_each_shown_whole():
-    captions = TokenizedCaptions([["a"]] * 30, fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300)), 5)
+    captions = TokenizedCaptions(
+        [["a"]] * 30, fineweb.get_tokenizer(fineweb.learn_bpe(TEXT, 300)), 5
+    )
     shown = [set(), set()]
     for step in range(2 * 6):  # an epoch of two folders of 30 pictures, 5 a step
         shown[step % 2] |= set(training_batch(step // 2, 5, captions, 1)[0].tolist())
     assert shown == [set(range(30))] * 2
 
 
-@pytest.mark.parametrize("change, hints", [
-    (lambda s: s.pop("language_model.model.layers.1.mlp.up_proj.weight"), ["language_model.layers.1.mlp.up_proj.weight is missing"]),
-    (lambda s: s.update({"vision_tower.nose.weight": torch.zeros(3)}), ["vision_tower.nose.weight is unknown"]),
-    (lambda s: s.update({"multi_modal_projector.linear.weight": torch.zeros(48, 41)}), ["multi_modal_projector.linear.weight is (48, 41) instead of (48, 40)"]),
-    (lambda s: s.clear(), ["is missing", "not all of a PaliGemma"]),
-])
+@pytest.mark.parametrize(
+    "change, hints",
+    [
+        (
+            lambda s: s.pop("language_model.model.layers.1.mlp.up_proj.weight"),
+            ["language_model.layers.1.mlp.up_proj.weight is missing"],
+        ),
+        (
+            lambda s: s.update({"vision_tower.nose.weight": torch.zeros(3)}),
+            ["vision_tower.nose.weight is unknown"],
+        ),
+        (
+            lambda s: s.update({"multi_modal_projector.linear.weight": torch.zeros(48, 41)}),
+            ["multi_modal_projector.linear.weight is (48, 41) instead of (48, 40)"],
+        ),
+        (lambda s: s.clear(), ["is missing", "not all of a PaliGemma"]),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(reference, change, hints, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
-    state = {k.replace("vision_tower.vision_model.", "vision_tower."): w for k, w in load_file(os.path.join(reference[1], "model.safetensors")).items()}
+    state = {
+        k.replace("vision_tower.vision_model.", "vision_tower."): w
+        for k, w in load_file(os.path.join(reference[1], "model.safetensors")).items()
+    }
     change(state)
     save_file(state, tmp_path / "model.safetensors")
     shutil.copy(os.path.join(reference[1], "config.json"), tmp_path)
@@ -3094,24 +3904,66 @@ def test_an_array_of_too_few_dimensions_ends_with_one_line(tmp_path, capsys):
     assert "not a whole checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of a process")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="needs Linux's account of a process"
+)
 def test_loading_holds_one_tensor_at_a_time(tmp_path):
-    """Both formats, in bfloat16: the process grows by less than the file and its largest tensor, which is in memory twice while it is converted."""
+    """
+    Both formats, in bfloat16: the process grows by less than the file and its largest tensor, which
+    is in memory twice while it is converted.
+    """
     from safetensors.torch import save_file
 
-    c = SimpleNamespace(**paligemma_prompt.FULL | dict(v_layer=1, v_embd=96, v_mlp=96, v_head=4, n_layer=8, n_embd=512, n_head=4, head_dim=128, n_mlp=4096, vocab_size=8000))
+    c = SimpleNamespace(
+        **paligemma_prompt.FULL
+        | dict(
+            v_layer=1,
+            v_embd=96,
+            v_mlp=96,
+            v_head=4,
+            n_layer=8,
+            n_embd=512,
+            n_head=4,
+            head_dim=128,
+            n_mlp=4096,
+            vocab_size=8000,
+        )
+    )
     with torch.device("meta"):
         model = PaliGemma(c)
     for key, p in list(model.named_parameters()):
         paligemma_prompt.put(model, key, torch.zeros(p.shape))
-    np.savez(tmp_path / "model.npz", **{k: torch.from_numpy(w).bfloat16().view(torch.int16).numpy().view("V2") for k, w in to_big_vision(model).items()})
-    save_file({k: p.detach().bfloat16() for k, p in model.named_parameters()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(dict(text_config=dict(head_dim=128), vision_config=dict(num_attention_heads=4))))
-    program = ("import re, sys, torch; from paligemma_prompt import PaliGemma, SMALL, SimpleNamespace; peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) / 1024; "
-               "torch.set_default_device('meta'); PaliGemma(SimpleNamespace(**SMALL)); torch.set_default_device('cpu'); before = peak(); "  # the first use of the meta device imports 70 MB of torch
-               "PaliGemma.from_pretrained(sys.argv[1], dtype=torch.bfloat16); print(peak() - before)")
+    np.savez(
+        tmp_path / "model.npz",
+        **{
+            k: torch.from_numpy(w).bfloat16().view(torch.int16).numpy().view("V2")
+            for k, w in to_big_vision(model).items()
+        },
+    )
+    save_file(
+        {k: p.detach().bfloat16() for k, p in model.named_parameters()},
+        tmp_path / "model.safetensors",
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(dict(text_config=dict(head_dim=128), vision_config=dict(num_attention_heads=4)))
+    )
+    program = (
+        "import re, sys, torch; from paligemma_prompt import PaliGemma, SMALL, SimpleNamespace;"
+        " peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1]) /"
+        " 1024; "
+        "torch.set_default_device('meta'); PaliGemma(SimpleNamespace(**SMALL));"
+        # the first use of the meta device imports 70 MB of torch
+        " torch.set_default_device('cpu'); before = peak(); "
+        "PaliGemma.from_pretrained(sys.argv[1], dtype=torch.bfloat16); print(peak() - before)"
+    )
     for name in ("model.npz", "model.safetensors"):
-        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / name)], cwd=REPO, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / name)],
+            cwd=REPO,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         size = os.path.getsize(tmp_path / name) / 2**20
         assert 0.8 * size < float(done.stdout) < 1.5 * size, (name, size, done.stdout)
 
@@ -3123,7 +3975,11 @@ def test_models_come_from_the_hub(reference, tmp_path, monkeypatch, capsys):
             if repo == "google/closed":
                 return self.send_error(403)
             files = ["config.json", "model.safetensors", "README.md"]
-            body = open(os.path.join(reference[1], file), "rb").read() if file else json.dumps([dict(path=name) for name in files]).encode()
+            body = (
+                open(os.path.join(reference[1], file), "rb").read()
+                if file
+                else json.dumps([dict(path=name) for name in files]).encode()
+            )
             self.send_response(200)
             self.send_header("Content-Length", len(body))
             self.end_headers()
@@ -3138,9 +3994,15 @@ def test_models_come_from_the_hub(reference, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     try:
         assert PaliGemma.from_pretrained("google/tiny@bf16").config.n_embd == 48
-        assert sorted(os.listdir("pretrained/google_tiny@bf16")) == ["config.json", "files.json", "model.safetensors"]
+        assert sorted(os.listdir("pretrained/google_tiny@bf16")) == [
+            "config.json",
+            "files.json",
+            "model.safetensors",
+        ]
         (tmp_path / "pretrained/google_closed@bf16").mkdir()
-        (tmp_path / "pretrained/google_closed@bf16/files.json").write_text('[{"path": "config.json"}]')
+        (tmp_path / "pretrained/google_closed@bf16/files.json").write_text(
+            '[{"path": "config.json"}]'
+        )
         with pytest.raises(SystemExit):
             PaliGemma.from_pretrained("google/closed@bf16")
     finally:
@@ -3151,16 +4013,39 @@ def test_models_come_from_the_hub(reference, tmp_path, monkeypatch, capsys):
 
 def test_lora_starts_as_the_model_is_and_only_what_is_asked_for_is_trained(reference):
     model, folder, pixels, ids, mask, kind, targets = reference
-    idx, plain = as_we_want_it(targets), PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD)
+    idx, plain = as_we_want_it(targets), PromptedPaliGemma(
+        PaliGemma.from_pretrained(folder), 2, HARD
+    )
     before = plain(idx, pixels, targets)
-    for way, ending in ((dict(trainable="lora", lora_rank=2), ("lora_a", "lora_b")), (dict(trainable="attention"), ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight")),
-                        (dict(prompt="soft"), ("soft",)), (dict(stack=True), ("multi_modal_projector.linear.weight", "multi_modal_projector.linear.bias"))):
-        asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way)
+    for way, ending in (
+        (dict(trainable="lora", lora_rank=2), ("lora_a", "lora_b")),
+        (
+            dict(trainable="attention"),
+            ("q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"),
+        ),
+        (dict(prompt="soft"), ("soft",)),
+        (
+            dict(stack=True),
+            ("multi_modal_projector.linear.weight", "multi_modal_projector.linear.bias"),
+        ),
+    ):
+        asked = PromptedPaliGemma(
+            PaliGemma.from_pretrained(folder, dtype=torch.bfloat16), 2, HARD, **way
+        )
         loss = asked(idx, pixels, targets)
         loss.backward()
-        assert all(name.endswith(ending) and p.grad is not None and p.dtype == torch.float32 for name, p in asked.trained().items())
-        assert not [name for name, p in asked.named_parameters() if name not in asked.trained() and (p.grad is not None or p.dtype != torch.bfloat16)]
-    asked = PromptedPaliGemma(PaliGemma.from_pretrained(folder), 2, HARD, trainable="lora", lora_rank=2)
+        assert all(
+            name.endswith(ending) and p.grad is not None and p.dtype == torch.float32
+            for name, p in asked.trained().items()
+        )
+        assert not [
+            name
+            for name, p in asked.named_parameters()
+            if name not in asked.trained() and (p.grad is not None or p.dtype != torch.bfloat16)
+        ]
+    asked = PromptedPaliGemma(
+        PaliGemma.from_pretrained(folder), 2, HARD, trainable="lora", lora_rank=2
+    )
     assert torch.equal(asked(idx, pixels, targets), before) and len(asked.trained()) == 3 * 7 * 2
 
 
@@ -3176,7 +4061,17 @@ def test_recomputed_layers_give_the_same_gradients(reference):
 
 
 def test_cached_generation_equals_the_plain_path(reference):
-    asked, pixels = PromptedPaliGemma(PaliGemma.from_pretrained(reference[1]), 2, HARD, prefix_order="bos,prompt,image", soft_position="before_suffix", **WAY), reference[2]
+    asked, pixels = (
+        PromptedPaliGemma(
+            PaliGemma.from_pretrained(reference[1]),
+            2,
+            HARD,
+            prefix_order="bos,prompt,image",
+            soft_position="before_suffix",
+            **WAY,
+        ),
+        reference[2],
+    )
     language, idx = asked.model.language_model, torch.zeros(2, 0, dtype=torch.long)
     with torch.no_grad():
         prefix = asked.prefix(pixels)
@@ -3188,29 +4083,71 @@ def test_cached_generation_equals_the_plain_path(reference):
 
 def test_pieces_of_the_prefix_come_in_the_order_asked_for(reference):
     model, pixels = PaliGemma.from_pretrained(reference[1]), reference[2]
-    image, bos, hard = model.encode_image(pixels)[0], model.language_model.embed(torch.tensor([2])), model.language_model.embed(torch.tensor(HARD))
-    asked = PromptedPaliGemma(model, 2, HARD, prefix_order="bos,prompt,image", soft_position="after_bos", **WAY)
+    image, bos, hard = (
+        model.encode_image(pixels)[0],
+        model.language_model.embed(torch.tensor([2])),
+        model.language_model.embed(torch.tensor(HARD)),
+    )
+    asked = PromptedPaliGemma(
+        model, 2, HARD, prefix_order="bos,prompt,image", soft_position="after_bos", **WAY
+    )
     torch.testing.assert_close(asked.prefix(pixels)[0], torch.cat([bos, asked.soft, hard, image]))
 
 
-def test_a_stack_is_built_from_its_parts_with_image_tokens_of_the_size_of_words(reference, tmp_path):
+def test_a_stack_is_built_from_its_parts_with_image_tokens_of_the_size_of_words(
+    reference, tmp_path
+):
     from safetensors.torch import load_file, save_file
 
     state = load_file(os.path.join(reference[1], "model.safetensors"))
     said = json.load(open(os.path.join(reference[1], "config.json")))
-    parts = dict(gemma=({k.replace("language_model.", ""): w for k, w in state.items() if k.startswith("language_model.")}, said["text_config"]),
-                 siglip=({k.replace("vision_tower.", ""): w for k, w in state.items() if k.startswith("vision_tower.")}
-                         | {"text_model.embeddings.weight": torch.zeros(2), "logit_scale": torch.zeros(1), "vision_model.head.probe": torch.zeros(2)},
-                         dict(vision_config=said["vision_config"])))
+    parts = dict(
+        gemma=(
+            {
+                k.replace("language_model.", ""): w
+                for k, w in state.items()
+                if k.startswith("language_model.")
+            },
+            said["text_config"],
+        ),
+        siglip=(
+            {
+                k.replace("vision_tower.", ""): w
+                for k, w in state.items()
+                if k.startswith("vision_tower.")
+            }
+            | {
+                "text_model.embeddings.weight": torch.zeros(2),
+                "logit_scale": torch.zeros(1),
+                "vision_model.head.probe": torch.zeros(2),
+            },
+            dict(vision_config=said["vision_config"]),
+        ),
+    )
     for name, (tensors, config) in parts.items():
         (tmp_path / name).mkdir()
-        save_file({("vision_model." + k if name == "siglip" and k.startswith(("emb", "enc", "post")) else k): w for k, w in tensors.items()}, tmp_path / name / "model.safetensors")
+        save_file(
+            {
+                (
+                    "vision_model." + k
+                    if name == "siglip" and k.startswith(("emb", "enc", "post"))
+                    else k
+                ): w
+                for k, w in tensors.items()
+            },
+            tmp_path / name / "model.safetensors",
+        )
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    whole, built = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(str(tmp_path / "gemma"), siglip=str(tmp_path / "siglip"))
+    whole, built = PaliGemma.from_pretrained(reference[1]), PaliGemma.from_pretrained(
+        str(tmp_path / "gemma"), siglip=str(tmp_path / "siglip")
+    )
     assert built.config == whole.config
     for (key, a), b in zip(whole.named_parameters(), built.parameters(), strict=True):
         assert torch.equal(a, b) != ("projector" in key), key
-    image, words = built.encode_image(reference[2]).square().mean().sqrt(), built.language_model.embed(torch.arange(90)).square().mean().sqrt()
+    image, words = (
+        built.encode_image(reference[2]).square().mean().sqrt(),
+        built.language_model.embed(torch.arange(90)).square().mean().sqrt(),
+    )
     assert 0.7 < image / words < 1.4
 
 
@@ -3225,7 +4162,9 @@ def test_live_bytes_are_counted_and_forgotten():
     assert b.sum() == 1000
 
 
-@pytest.mark.parametrize("way, limit", [(dict(prompt="soft"), 6.8), (dict(trainable="attention"), 8.5)])
+@pytest.mark.parametrize(
+    "way, limit", [(dict(prompt="soft"), 6.8), (dict(trainable="attention"), 8.5)]
+)
 def test_a_step_of_the_full_size_fits(way, limit):
     c = SimpleNamespace(**paligemma_prompt.FULL)
     with torch.device("meta"):
@@ -3234,10 +4173,15 @@ def test_a_step_of_the_full_size_fits(way, limit):
 
 
 def test_too_little_memory_is_said_with_what_would_fit(capsys, monkeypatch):
-    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(prompt="hard", trainable="lora", stack=False)
+    c, way = SimpleNamespace(**paligemma_prompt.SMALL), dict(
+        prompt="hard", trainable="lora", stack=False
+    )
     paligemma_prompt.check_memory(c, "cpu", torch.float32, 1, way)
-    for need, hint in ((lambda c, B, device, dtype, **way: 1e6 if B > 1 else 0.01, "batch_size=1"), (lambda *args, **way: 0.01 if "prompt" in way and len(way) == 1 else 1e6, "prompt=soft"),
-                       (lambda *args, **way: 1e6, "nothing here")):
+    for need, hint in (
+        (lambda c, B, device, dtype, **way: 1e6 if B > 1 else 0.01, "batch_size=1"),
+        (lambda *args, **way: 0.01 if "prompt" in way and len(way) == 1 else 1e6, "prompt=soft"),
+        (lambda *args, **way: 1e6, "nothing here"),
+    ):
         monkeypatch.setattr(paligemma_prompt, "step_memory", need)
         with pytest.raises(SystemExit):
             paligemma_prompt.check_memory(c, "cpu", torch.float32, 8, way)
@@ -3258,8 +4202,18 @@ def prompted(tmp_path_factory):
     """A drawn world, and a small PaliGemma that looked at it for three steps."""
     cwd, patch = tmp_path_factory.mktemp("prompted"), pytest.MonkeyPatch()
     coco.draw_shapes(str(cwd / "aerial"), 60, 0, 1, paligemma_prompt.drawn_world(1, 1))
-    inside("paligemma=small data=aerial out_dir=base trainable=all optimizer=muon batch_size=8 max_steps=3 prompt_text='caption en,en' device=cpu", cwd, patch)
-    inside("paligemma=base/adapter.safetensors data=aerial prompt=soft out_dir=soft batch_size=8 max_steps=4 eval_interval=2 device=cpu", cwd, patch)
+    inside(
+        "paligemma=small data=aerial out_dir=base trainable=all optimizer=muon batch_size=8"
+        " max_steps=3 prompt_text='caption en,en' device=cpu",
+        cwd,
+        patch,
+    )
+    inside(
+        "paligemma=base/adapter.safetensors data=aerial prompt=soft out_dir=soft batch_size=8"
+        " max_steps=4 eval_interval=2 device=cpu",
+        cwd,
+        patch,
+    )
     patch.undo()
     return cwd
 
@@ -3268,87 +4222,208 @@ def test_a_drawn_world_speaks_of_what_it_shows(prompted):
     images, captions = coco.load_captions(str(prompted / "aerial"), "train2017")
     assert all(len(image["scene"]["objects"]) == 1 for image in images)
     words = set(" ".join(caption for said in captions for caption in said).split())
-    assert words & {"tank", "building", "tent", "fountain", "airplane"} and not words & set(coco.SHAPES)
+    assert words & {"tank", "building", "tent", "fountain", "airplane"} and not words & set(
+        coco.SHAPES
+    )
 
 
 def test_a_soft_prompt_is_small_and_knows_where_it_belongs(prompted, monkeypatch):
     tensors, about = paligemma_prompt.load_adapter(str(prompted / "soft/adapter.safetensors"))
-    assert {k: tuple(v.shape) for k, v in tensors.items()} == {"soft": (10, 128)} and os.path.getsize(prompted / "soft/adapter.safetensors") < 10 * 128 * 4 + 1500
+    assert {k: tuple(v.shape) for k, v in tensors.items()} == {
+        "soft": (10, 128)
+    } and os.path.getsize(prompted / "soft/adapter.safetensors") < 10 * 128 * 4 + 1500
     results = json.load(open(prompted / "soft/results.json"))
-    assert results["perplexity"] > 1 and {"CIDEr", "Bleu_1", "Bleu_4", "ROUGE_L", "peak_GB", "seconds_per_step", "perplexity_wrong_picture"} <= set(results)
+    assert results["perplexity"] > 1 and {
+        "CIDEr",
+        "Bleu_1",
+        "Bleu_4",
+        "ROUGE_L",
+        "peak_GB",
+        "seconds_per_step",
+        "perplexity_wrong_picture",
+    } <= set(results)
     assert results["trained"] == 1280 and len(log_column(prompted / "soft/log.csv", "loss")) == 4
-    inside("init_from=soft/adapter.safetensors data=aerial eval_only=True out_dir=again device=cpu", prompted, monkeypatch)
+    inside(
+        "init_from=soft/adapter.safetensors data=aerial eval_only=True out_dir=again device=cpu",
+        prompted,
+        monkeypatch,
+    )
     again = json.load(open(prompted / "again/results.json"))
-    assert again["perplexity"] == pytest.approx(results["perplexity"], rel=1e-6) and again["CIDEr"] == results["CIDEr"]
-    inside("init_from=soft/adapter.safetensors image=aerial/val2017/000001.jpg,aerial/val2017/000002.jpg out_dir=again device=cpu", prompted, monkeypatch)
-    inside("init_from=base/adapter.safetensors image=aerial/val2017/000001.jpg out_dir=whole_model device=cpu", prompted, monkeypatch)  # trained whole: a model
-    for name in ("soft/captions.png", "soft/curves.png", "again/image.png", "whole_model/image.png"):
+    assert (
+        again["perplexity"] == pytest.approx(results["perplexity"], rel=1e-6)
+        and again["CIDEr"] == results["CIDEr"]
+    )
+    inside(
+        "init_from=soft/adapter.safetensors"
+        " image=aerial/val2017/000001.jpg,aerial/val2017/000002.jpg out_dir=again device=cpu",
+        prompted,
+        monkeypatch,
+    )
+    inside(
+        "init_from=base/adapter.safetensors image=aerial/val2017/000001.jpg out_dir=whole_model"
+        " device=cpu",
+        prompted,
+        monkeypatch,
+    )  # trained whole: a model
+    for name in (
+        "soft/captions.png",
+        "soft/curves.png",
+        "again/image.png",
+        "whole_model/image.png",
+    ):
         assert Image.open(prompted / name).size[0] > 200
 
 
 def test_a_stack_trains_its_projector_and_is_loaded_again(prompted, monkeypatch):
     parts = "stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors"
-    inside(f"{parts} data=aerial trainable=lora prefix_order=bos,prompt,image out_dir=stack batch_size=8 max_steps=2 device=cpu", prompted, monkeypatch)
+    inside(
+        f"{parts} data=aerial trainable=lora prefix_order=bos,prompt,image out_dir=stack"
+        " batch_size=8 max_steps=2 device=cpu",
+        prompted,
+        monkeypatch,
+    )
     tensors, about = paligemma_prompt.load_adapter(str(prompted / "stack/adapter.safetensors"))
-    assert len(tensors) == 4 * 7 * 2 + 2 and about["prefix_order"] == "bos,prompt,image" and about["siglip"] == str(prompted / "base/adapter.safetensors")
-    inside("init_from=stack/adapter.safetensors data=aerial eval_only=True out_dir=stack_again device=cpu", prompted, monkeypatch)
-    was, again = (json.load(open(prompted / f"{name}/results.json"))["perplexity"] for name in ("stack", "stack_again"))
+    assert (
+        len(tensors) == 4 * 7 * 2 + 2
+        and about["prefix_order"] == "bos,prompt,image"
+        and about["siglip"] == str(prompted / "base/adapter.safetensors")
+    )
+    inside(
+        "init_from=stack/adapter.safetensors data=aerial eval_only=True out_dir=stack_again"
+        " device=cpu",
+        prompted,
+        monkeypatch,
+    )
+    was, again = (
+        json.load(open(prompted / f"{name}/results.json"))["perplexity"]
+        for name in ("stack", "stack_again")
+    )
     assert again == pytest.approx(was, rel=1e-6)
 
 
 def test_adapting_resumes_exactly(prompted, monkeypatch):
-    run_ = "paligemma=base/adapter.safetensors data=aerial prompt=soft batch_size=8 eval_interval=2 device=cpu min_lr=0.01 "
+    run_ = (
+        "paligemma=base/adapter.safetensors data=aerial prompt=soft batch_size=8 eval_interval=2"
+        " device=cpu min_lr=0.01 "
+    )
     inside(run_ + "out_dir=whole max_steps=4", prompted, monkeypatch)
     inside(run_ + "out_dir=half max_steps=2", prompted, monkeypatch)
     inside(run_ + "out_dir=half max_steps=4 init_from=resume", prompted, monkeypatch)
-    assert log_column(prompted / "half/log.csv", "loss") == log_column(prompted / "whole/log.csv", "loss")
+    assert log_column(prompted / "half/log.csv", "loss") == log_column(
+        prompted / "whole/log.csv", "loss"
+    )
 
 
 def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
-    monkeypatch.setattr(train_caption, "run_script", lambda script, *words: inside(shlex.join(words), prompted, monkeypatch))
+    monkeypatch.setattr(
+        train_caption,
+        "run_script",
+        lambda script, *words: inside(shlex.join(words), prompted, monkeypatch),
+    )
     with suppress(SystemExit):
-        inside("paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all batch_size=8 max_steps=1 device=cpu", prompted, monkeypatch)
+        inside(
+            "paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all batch_size=8"
+            " max_steps=1 device=cpu",
+            prompted,
+            monkeypatch,
+        )
     rows, said = json.load(open(prompted / "all/results.json")), capsys.readouterr().out
-    assert [row["way"] for row in rows] == list(paligemma_prompt.METHODS) and [row["step"] for row in rows] == [0, 1, 1, 1, 1, 1, 1]
+    assert [row["way"] for row in rows] == list(paligemma_prompt.METHODS) and [
+        row["step"] for row in rows
+    ] == [0, 1, 1, 1, 1, 1, 1]
     assert all(f"{row['way']:<20} | {row['trained']:>9,}" in said for row in rows)
-    assert Image.open(prompted / "all/comparison.png").size[0] > 800 and os.path.exists(prompted / "all/curves.png")
+    assert Image.open(prompted / "all/comparison.png").size[0] > 800 and os.path.exists(
+        prompted / "all/curves.png"
+    )
 
 
-@pytest.mark.parametrize("command, hint", [
-    ("soft_position=on_top", "before_image, after_image, after_bos, before_suffix"),
-    ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "must be >= 1"),
-    ("paligemma=base/adapter.safetensors data=aerial prefix_order=image,bos", "each once"),
-    ("paligemma=base/adapter.safetensors data=aerial tokenizer=toy.model", "don't belong together"),
-    ("paligemma=base/adapter.safetensors data=aerial tokenizer=newline.model", "must be one token"),
-    ("paligemma=base/adapter.safetensors data=aerial tokenizer=nothing.model", "nothing.model is not a SentencePiece model"),
-    ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption of image 1 is"),
-    ("paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors", "soft is (10, 64) instead of (10, 128)"),
-    ("paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors", "or its folder"),
-    ("paligemma=base/adapter.safetensors data=aerial init_from=resum", "scratch, resume, or an adapter"),
-    ("paligemma=base/adapter.safetensors data=aerial words=en", "now called prompt_text="),
-    ("paligemma=base/adapter.safetensors data=aerial prompt_text=<image>en", "the words only"),
-    ("paligemma=base/adapter.safetensors data=aerial out_dir=soft", "holds a run"),
-    ("paligemma=base/adapter.safetensors data=aerial grad_clip=-1", "must be >= 0"),
-    ("paligemma=base/adapter.safetensors data=flat prompt=soft", "000001.jpg is not a readable picture"),
-    ("paligemma=nowhere data=aerial", "no such file or folder"),
-    ("stack=True data=aerial", "siglip= and gemma="),
-    ("stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors", "data= is missing"),
-    ("paligemma=base/adapter.safetensors", "data= is missing"),
-])
+@pytest.mark.parametrize(
+    "command, hint",
+    [
+        ("soft_position=on_top", "before_image, after_image, after_bos, before_suffix"),
+        ("paligemma=base/adapter.safetensors data=aerial prompt=soft n_soft=0", "must be >= 1"),
+        ("paligemma=base/adapter.safetensors data=aerial prefix_order=image,bos", "each once"),
+        (
+            "paligemma=base/adapter.safetensors data=aerial tokenizer=toy.model",
+            "don't belong together",
+        ),
+        (
+            "paligemma=base/adapter.safetensors data=aerial tokenizer=newline.model",
+            "must be one token",
+        ),
+        (
+            "paligemma=base/adapter.safetensors data=aerial tokenizer=nothing.model",
+            "nothing.model is not a SentencePiece model",
+        ),
+        ("paligemma=base/adapter.safetensors data=silent prompt=soft", "a caption of image 1 is"),
+        (
+            "paligemma=base/adapter.safetensors data=aerial init_from=wide.safetensors",
+            "soft is (10, 64) instead of (10, 128)",
+        ),
+        (
+            "paligemma=base/adapter.safetensors data=aerial init_from=base/ckpt.pt.safetensors",
+            "or its folder",
+        ),
+        (
+            "paligemma=base/adapter.safetensors data=aerial init_from=resum",
+            "scratch, resume, or an adapter",
+        ),
+        ("paligemma=base/adapter.safetensors data=aerial words=en", "now called prompt_text="),
+        ("paligemma=base/adapter.safetensors data=aerial prompt_text=<image>en", "the words only"),
+        ("paligemma=base/adapter.safetensors data=aerial out_dir=soft", "holds a run"),
+        ("paligemma=base/adapter.safetensors data=aerial grad_clip=-1", "must be >= 0"),
+        (
+            "paligemma=base/adapter.safetensors data=flat prompt=soft",
+            "000001.jpg is not a readable picture",
+        ),
+        ("paligemma=nowhere data=aerial", "no such file or folder"),
+        ("stack=True data=aerial", "siglip= and gemma="),
+        (
+            "stack=True siglip=base/adapter.safetensors gemma=base/adapter.safetensors",
+            "data= is missing",
+        ),
+        ("paligemma=base/adapter.safetensors", "data= is missing"),
+    ],
+)
 def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monkeypatch, capsys):
     from safetensors.torch import save_file
 
     if not (prompted / "flat").exists():
-        for file, extra in (("toy", dict(user_defined_symbols=["\n"], add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity")), ("newline", {})):
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT * 5), model_prefix=str(prompted / file), vocab_size=300 if file == "toy" else 480,
-                                                     model_type="bpe", hard_vocab_limit=False, byte_fallback=True, minloglevel=2, **extra)
+        for file, extra in (
+            (
+                "toy",
+                dict(
+                    user_defined_symbols=["\n"],
+                    add_dummy_prefix=False,
+                    remove_extra_whitespaces=False,
+                    normalization_rule_name="identity",
+                ),
+            ),
+            ("newline", {}),
+        ):
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(TEXT * 5),
+                model_prefix=str(prompted / file),
+                vocab_size=300 if file == "toy" else 480,
+                model_type="bpe",
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                minloglevel=2,
+                **extra,
+            )
         for folder in ("silent", "flat"):
             shutil.copytree(prompted / "aerial", prompted / folder)
         path = prompted / "silent/annotations/captions_train2017.json"
         path.write_text(path.read_text().replace('"caption": "', '"caption": " ", "was": "', 1))
-        (prompted / "flat/val2017/000001.jpg").write_bytes(b"P6 0 0 255\n")  # a picture of no pixels
+        (prompted / "flat/val2017/000001.jpg").write_bytes(
+            b"P6 0 0 255\n"
+        )  # a picture of no pixels
         _, about = paligemma_prompt.load_adapter(str(prompted / "soft/adapter.safetensors"))
-        save_file({"soft": torch.zeros(10, 64)}, prompted / "wide.safetensors", dict(settings=json.dumps(about)))
+        save_file(
+            {"soft": torch.zeros(10, 64)},
+            prompted / "wide.safetensors",
+            dict(settings=json.dumps(about)),
+        )
     with pytest.raises(SystemExit) as stop:
         inside(command + " device=cpu max_steps=1", prompted, monkeypatch)
     said = capsys.readouterr().err
@@ -3488,10 +4563,13 @@ def bench_tokenize(process):
     with multiprocessing.Pool() as pool:
         ours, theirs = median_seconds(
             lambda: list(fineweb.tokenize(documents, encoding)),
-            lambda: list(pool.imap(tokenize_as_build_nanogpt, documents, 16)))
+            lambda: list(pool.imap(tokenize_as_build_nanogpt, documents, 16)),
+        )
     millions = sum(map(len, fineweb.tokenize(documents, encoding))) / 1e6
-    print(f"{millions / ours:.2f}M tokens/s with {os.cpu_count()} threads, {millions / theirs:.2f}M "
-          f"with as many processes: {theirs / ours:.2f} times as fast")
+    print(
+        f"{millions / ours:.2f}M tokens/s with {os.cpu_count()} threads, {millions / theirs:.2f}M "
+        f"with as many processes: {theirs / ours:.2f} times as fast"
+    )
 
 
 def measure_metrics(ours):
@@ -3567,9 +4645,12 @@ def bench_encode(process):
     pixels = [encoder.preprocess(coco.open_image(file)) for file in files[:batch_size]]
     alone, whole = median_seconds(
         lambda: [coco.encode(encoder, pixels, process) for _ in range(4)],
-        lambda: list(coco.encode_batches(encoder, files, range(len(files)), batch_size, process)))
-    print(f"{len(files) / whole:.1f} pictures/s from files, {len(files) / alone:.1f} by the encoder "
-          f"alone: {alone / whole:.0%} of its speed")
+        lambda: list(coco.encode_batches(encoder, files, range(len(files)), batch_size, process)),
+    )
+    print(
+        f"{len(files) / whole:.1f} pictures/s from files, {len(files) / alone:.1f} by the encoder "
+        f"alone: {alone / whole:.0%} of its speed"
+    )
 
 
 def bench_caption(process):
