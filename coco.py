@@ -931,14 +931,16 @@ class Timm(nn.Module):
         self.pretrained = pretrained or self.model.pretrained_cfg["tag"]
         config |= dict(crop_pct=1.0, crop_mode="squash")
         self.preprocess = timm.data.create_transform(**config, is_training=False)
-        self.channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+        # a map's channels side by side in memory: what convolutions are fastest with
+        self.model.to(memory_format=torch.channels_last)
+        self.width_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         self.eval()
         with torch.no_grad():
             features = self.model.forward_features(torch.zeros(1, *config["input_size"]))
         if not torch.is_tensor(features) or features.ndim not in (3, 4):
             die(f"encoder=timm/{name}: its forward_features gives no map and no tokens")
         if features.ndim == 4:
-            rows, columns = features.shape[1:3] if self.channels_last else features.shape[2:]
+            rows, columns = features.shape[1:3] if self.width_last else features.shape[2:]
         else:
             _, height, width = config["input_size"]
             n_patches = features.shape[1] - getattr(self.model, "num_prefix_tokens", 0)
@@ -950,7 +952,7 @@ class Timm(nn.Module):
         features = self.model.forward_features(pixels)
         if features.ndim == 3:
             return features  # (B, S, W)
-        if self.channels_last:
+        if self.width_last:
             return features.flatten(1, 2)  # (B, rows, columns, W) -> (B, S, W)
         return features.flatten(2).transpose(1, 2)  # (B, W, rows, columns) -> (B, S, W)
 

@@ -4444,6 +4444,46 @@ def median_seconds(*functions, rounds=5):
     return np.median(rows[1:], axis=0).tolist()
 
 
+def on_fake_cuda(make):
+    """make() -> its model, with fake parameters on a CUDA device that need not be there."""
+    with torch.device("meta"):
+        model = make()
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        paligemma_prompt.put(model, name, torch.empty(p.shape, device="cuda"))
+    return model
+
+
+def test_no_operator_mixes_devices():
+    """
+    Fake tensors check the device of every operand. Only forward passes: without CUDA, torch ends
+    the process in the backward pass of fake CUDA tensors.
+    """
+    def small():
+        return GPT(GPTConfig(block_size=32, vocab_size=101, n_layer=2, n_head=2, n_embd=32))
+
+    with FakeTensorMode(), torch.no_grad():
+        idx = torch.zeros(2, 8, dtype=torch.long, device="cuda")
+        try:
+            torch.empty(9, 4, device="cuda")[idx, :3]
+        except RuntimeError as problem:
+            pytest.skip(f"this torch has no fake CUDA tensors ({str(problem)[:60]})")
+        gpt = on_fake_cuda(small)
+        assert gpt(idx).device.type == gpt(idx, idx).device.type == "cuda"
+        assert gpt.generate(idx, 4, temperature=1.0, top_k=5).shape == (2, 12)
+        for fusion in ("xattn", "linear", "qformer"):
+            model = on_fake_cuda(lambda: Captioner(small(), fusion, 1, width=16))
+            image = model.encode_image(torch.zeros(2, 5, 16, device="cuda"))
+            kv_cache = train_gpt2.KVCache(model.gpt.config, 2, 60, idx.float())
+            for length in (3, 1):
+                x = model.hidden(idx[:, :length], image, kv_cache)
+                assert model.gpt.head(x).device.type == "cuda"
+        for method in (dict(prompt="soft"), dict(trainable="lora"), dict(trainable="attention")):
+            model = on_fake_cuda(lambda: PaliGemma(SimpleNamespace(**paligemma_prompt.SMALL)))
+            model = PromptedPaliGemma(model, 2, [3, 4, 5], **method)
+            pixels = torch.zeros(2, 3, 64, 64, device="cuda")
+            assert model(idx, pixels, idx).device.type == "cuda"
+
+
 def test_median_seconds_takes_turns():
     ran = []
     medians = median_seconds(lambda: ran.append("a"), lambda: ran.append("b"), rounds=2)
