@@ -580,7 +580,8 @@ def draw_results(folder, model, metadata, pictures, evaluation, images, referenc
                  tokenizer, max_length, process):
     """
     captions.png: pictures spread over the split; best_worst.png: those with the highest and the
-    lowest CIDEr; for xattn attention.png, of three of the best. pictures: the folder of the split.
+    lowest CIDEr; for xattn attention.png, of three long captions of the better half. In the last
+    two, all captions differ. pictures: the folder of the split.
     """
     candidates, cider = evaluation.captions, evaluation.cider
     files = [os.path.join(pictures, entry["file_name"]) for entry in images]
@@ -599,18 +600,22 @@ def draw_results(folder, model, metadata, pictures, evaluation, images, referenc
         path = os.path.join(folder, name)
         draw_captions(path, pictures, titles(numbers, with_score))
 
+    def different(numbers, n):
+        """The first n of these pictures whose captions differ."""
+        first_with = {}
+        for i in numbers:
+            first_with.setdefault(candidates[i], i)
+        return np.array(list(first_with.values())[:n])
+
     spread = np.unique(np.linspace(0, len(files) - 1, 12).astype(int))
     ranking = np.argsort(-cider, kind="stable")
+    half = max(1, len(ranking) // 2)
+    best, worst = different(ranking[:half], 6), different(ranking[half:][::-1], 6)[::-1]
     draw("captions.png", spread, False)
-    n = min(6, len(files) // 2)
-    draw("best_worst.png", [*ranking[:n], *ranking[len(ranking) - n:]], True)
+    draw("best_worst.png", [*best, *worst], True)
     if model.fusion == "xattn":
-        # of the better half, three long captions that differ
-        better = sorted(ranking[:len(ranking) // 2 + 1], key=lambda i: -len(candidates[i].split()))
-        different = {}
-        for i in better:
-            different.setdefault(candidates[i], i)
-        numbers = np.array(list(different.values())[:3])
+        better = sorted(ranking[:half], key=lambda i: -len(candidates[i].split()))
+        numbers = different(better, 3)
         pictures = [open_image(files[i]) for i in numbers]
         pretrained = metadata.get("pretrained")
         if pretrained and not metadata["encoder"].startswith("timm/"):
