@@ -114,7 +114,7 @@ PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_dec
 # The demo on drawn scenes: what is trained where there is no COCO and data= is not typed.
 DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64,
             optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
-            beta2=0.95, dropout=0.0, max_steps=360, eval_interval=90, log_interval=20)
+            beta2=0.95, dropout=0.0, max_steps=360, eval_interval=120, log_interval=20)
 # What a run takes over from the run that it starts from, and what a resumed run takes over.
 INHERITED = ("data gpt encoder fusion every n_query dropout token_dropout shuffle batch_size "
              "max_length optimizer weight_decay beta2 ema").split()
