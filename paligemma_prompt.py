@@ -9,7 +9,6 @@ another kind, inside 16 GB.
     python paligemma_prompt.py stack=True siglip=google/siglip-so400m-patch14-224 \
         gemma=google/gemma-2b data=data/risc trainable=lora                 # built from its parts
     python paligemma_prompt.py init_from=out/prompt_risc_soft_after_image image=a.jpg,b.png
-    python paligemma_prompt.py memory=True      # what one step of each way takes at full size
 
 PaliGemma (Beyer et al. 2024, https://arxiv.org/abs/2407.07726) encodes a picture as 256 tokens with
 a SigLIP tower and one matrix, and writes with Gemma. Its attention mask is neither causal nor full:
@@ -56,10 +55,8 @@ import re
 import shutil
 import sys
 import time
-import weakref
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,14 +65,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageOps
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from fineweb import configure, die, download, hub, lock_folder, print_settings, save_atomically
 from train_gpt2 import (KVCache, Log, beam_search, check_finite, curve, decode, get_lr,
-                        load_checkpoint, make_optimizers, optimizer_step, peak_rss, plot, pyplot,
+                        load_checkpoint, make_optimizers, optimizer_step, peak_memory, plot, pyplot,
                         read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
                         stop_signals, warn_changed)
 from cider import evaluate as score
@@ -103,7 +97,6 @@ stack = False               # build the model: SigLIP, a fresh and trained proje
 siglip: str = None          # stack: where SigLIP comes from
 gemma: str = None           # stack: where Gemma and its tokenizer come from
 compare = False             # zero-shot, attention, soft at each position, LoRA: a table and a plot
-memory = False              # only report what one step of each way takes at full size
 beam = 1                    # >= 1: beams of the search for captions; 1 = greedy
 image: str = None           # caption pictures (a,b,...) with init_from's adapter, or the newest
 batch_size = 8              # >= 1: pictures a step, each with one random caption
@@ -978,118 +971,6 @@ def load_tasks(data, size, tokenizer, max_length):
 
 
 # --------------------------------------------------------------------------------------------------
-# memory: what one step takes
-
-
-class LiveBytes(TorchDispatchMode):
-    """
-    Follows the bytes of all tensors that are alive, and their peak. Fake tensors count as if they
-    were real.
-    """
-
-    live = peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self.follow, (args, result))
-        return result
-
-    def follow(self, tensor):
-        storage = tensor.untyped_storage()
-        if not hasattr(storage, "followed"):
-            storage.followed = weakref.finalize(storage, self.change, -storage.nbytes())
-            self.change(storage.nbytes())
-
-    def change(self, n):
-        self.live += n
-        self.peak = max(self.peak, self.live)
-
-
-def random_model(c, device, dtype=torch.float32):
-    with torch.device("meta"):
-        model = PaliGemma(c)
-    for key, p in list(model.named_parameters()):
-        w = torch.zeros(p.shape, dtype=dtype, device=device)  # right for biases, and for RMSNorm
-        if p.dim() > 1:
-            w.normal_(0, p[0].numel() ** -0.5)
-        elif "vision_tower" in key and key.endswith("weight"):
-            w.fill_(1)
-        put(model, key, w)
-    return model
-
-
-def step_memory(c, batch_size, device="cpu", dtype=torch.bfloat16, n_suffix=40, **method):
-    """
-    GiB that a training step takes, weights included. On a GPU it is measured. Elsewhere it is
-    computed: the step is taken with fake tensors, which have shapes but no content, and the bytes
-    of those that are alive are followed. method: arguments of PromptedPaliGemma.
-    """
-    real = "cuda" in device
-    with nullcontext() if real else FakeTensorMode():
-        prompted = PromptedPaliGemma(random_model(c, device, dtype), 2, [3, 4, 5], **method)
-        prompted.model.language_model.gradient_checkpointing = True
-        name = "sgd" if method.get("trainable") == "attention" else "adamw"
-        optimizers = make_optimizer(prompted, name)
-        idx = torch.zeros(batch_size, n_suffix, dtype=torch.long, device=device)
-        pixels = torch.zeros(batch_size, 3, c.image_size, c.image_size, device=device)
-        if real:
-            torch.cuda.reset_peak_memory_stats()
-        with nullcontext() if real else LiveBytes() as live:
-            # from the second on, Adam's moments are there, and all weights were met
-            for _ in range(2):
-                prompted(idx, pixels, idx).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-    return (torch.cuda.max_memory_allocated() if real else live.peak) / 2**30
-
-
-def report_memory(device):
-    """Prints what one training step of each method takes at full size."""
-    source = "computed on fake tensors"
-    if "cuda" in device:
-        source = f"measured on {torch.cuda.get_device_name()}"
-    print("a training step of PaliGemma 3B, 224 px, 40 tokens of caption, frozen weights in "
-          f"bfloat16: GiB of memory, weights and all, {source}\n\n"
-          f"{'':24} |    B=1 |    B=4 |    B=8")
-    methods = {"soft prompt": dict(prompt="soft"),
-               "attention (SGD)": dict(trainable="attention"),
-               "LoRA": dict(trainable="lora"),
-               "stack: LoRA + projector": dict(trainable="lora", stack=True)}
-    c = SimpleNamespace(**FULL)
-    for label, method in methods.items():
-        sizes = [f"{step_memory(c, B, device, **method):6.2f}" for B in (1, 4, 8)]
-        print(f"{label:24} | {' | '.join(sizes)}", flush=True)
-
-
-def check_memory(c, device, dtype, batch_size, method):
-    """
-    Ends the run, before anything is loaded, if a training step would not fit into the free
-    memory; names what would.
-    """
-    if "cuda" in device:
-        free = torch.cuda.mem_get_info()[0] / 2**30
-    elif os.path.exists("/proc/meminfo"):
-        with open("/proc/meminfo") as f:
-            free = int(re.search(r"MemAvailable: *(\d+)", f.read())[1]) / 2**20
-    else:
-        return
-    soft = dict(prompt="soft")
-    if method["prompt"] == "hard" and method["trainable"] == "none" and not method["stack"]:
-        method = soft  # what trains nothing takes a little less
-    need = step_memory(c, batch_size, "cpu", dtype, **method)
-    if need < free:
-        return
-    hint = "nothing here"
-    if step_memory(c, 1, "cpu", dtype, **method) < free:
-        hint = "batch_size=1"
-    elif step_memory(c, 1, "cpu", torch.bfloat16, **soft) < free:
-        hint = "prompt=soft trainable=none batch_size=1 dtype=bfloat16"
-    die(f"a step would take {need:.1f} GiB, and {device} has {free:.1f} free. What would fit: "
-        f"{hint}")
-
-
-# --------------------------------------------------------------------------------------------------
 # the demo: a small PaliGemma and drawn scenes, which captions describe in two ways
 
 FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain",
@@ -1248,7 +1129,7 @@ def preset(typed):
     one starts from, or those of the demo.
     """
     init_from = typed.get("init_from", "scratch")
-    named = typed.get("paligemma") or typed.get("stack") or typed.get("memory")
+    named = typed.get("paligemma") or typed.get("stack")
     if init_from == "scratch" and typed.get("image") and not named:
         init_from = newest_adapter()
     if init_from not in ("scratch", "resume"):
@@ -1272,7 +1153,7 @@ def check_settings(config):
             "here")
     if config["stack"] and not (config["siglip"] and config["gemma"]):
         die("stack=True needs siglip= and gemma=, the checkpoints to build from")
-    if not (config["data"] or config["image"] or config["memory"]):
+    if not (config["data"] or config["image"]):
         die("data= is missing: a folder in COCO's layout")
     tokenizer = config["tokenizer"]
     if tokenizer and not os.path.isfile(tokenizer):
@@ -1303,6 +1184,19 @@ def find_tokenizer(tokenizer, path):
     return tokenizer or next(filter(os.path.exists, beside), beside[0])
 
 
+def random_model(c, device, dtype=torch.float32):
+    with torch.device("meta"):
+        model = PaliGemma(c)
+    for key, p in list(model.named_parameters()):
+        w = torch.zeros(p.shape, dtype=dtype, device=device)  # right for biases, and for RMSNorm
+        if p.dim() > 1:
+            w.normal_(0, p[0].numel() ** -0.5)
+        elif "vision_tower" in key and key.endswith("weight"):
+            w.fill_(1)
+        put(model, key, w)
+    return model
+
+
 def make_small(config, device, tokenizer_file):
     """A small PaliGemma with random weights. From scratch, its tokenizer is learned too."""
     if config["init_from"] == "scratch":
@@ -1314,7 +1208,22 @@ def make_small(config, device, tokenizer_file):
     return random_model(SimpleNamespace(**SMALL), device)
 
 
-def load_paligemma(config, method, device, dtype):
+def check_memory(shapes, device, dtype):
+    """Ends the run before minutes of loading, if not even the frozen weights fit."""
+    if "cuda" in device:
+        free = torch.cuda.mem_get_info()[0]
+    elif os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as f:
+            free = 1024 * int(re.search(r"MemAvailable: *(\d+)", f.read())[1])
+    else:
+        return
+    need = dtype.itemsize * sum(map(math.prod, shapes.values()))
+    if need > free:
+        die(f"the weights take {need / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
+            "dtype=bfloat16 halves them, or take another machine")
+
+
+def load_paligemma(config, device, dtype):
     """-> the frozen PaliGemma that the settings name, and its tokenizer's file."""
     source = config["gemma"] if config["stack"] else config["paligemma"]
     siglip = config["siglip"] if config["stack"] else None
@@ -1325,9 +1234,7 @@ def load_paligemma(config, method, device, dtype):
         path = locate(source)
         tokenizer_file = find_tokenizer(config["tokenizer"], path)
         Tokenizer(tokenizer_file)  # before minutes of loading
-        c, _, _ = open_model(path, siglip)
-        if c.n_embd > 1000:
-            check_memory(c, device, dtype, config["batch_size"], method)
+        check_memory(open_model(path, siglip)[1], device, dtype)
         model = PaliGemma.from_pretrained(path, device, dtype, siglip)
     n_words, n_rows = Tokenizer(tokenizer_file).n_vocab, model.config.vocab_size
     if not 0 <= n_rows - n_words < 128:  # tables are padded, to multiples of 64 or 128
@@ -1432,10 +1339,7 @@ if __name__ == "__main__":
     device, frozen_dtype = process.device, process.dtype
     process = process._replace(dtype=torch.float32)  # no autocast: each layer knows its own dtype
 
-    # ---- only a table of memory, or of all methods
-    if memory:
-        report_memory(device)
-        sys.exit(0)
+    # ---- only a table of all methods
     is_demo = compare and data == DEMO["data"] and paligemma == DEMO["paligemma"]
     if is_demo and init_from == "scratch":
         prepare_demo(seed, max_steps)
@@ -1461,7 +1365,7 @@ if __name__ == "__main__":
     torch.manual_seed(seed)
     method = dict(prompt=prompt, n_soft=n_soft, soft_position=soft_position, trainable=trainable,
                   prefix_order=prefix_order, lora_rank=lora_rank, stack=stack)
-    model, tokenizer_file = load_paligemma(config, method, device, frozen_dtype)
+    model, tokenizer_file = load_paligemma(config, device, frozen_dtype)
     c, encoding = model.config, Tokenizer(tokenizer_file)
 
     # ---- the prompts, and what is trained
@@ -1561,8 +1465,7 @@ if __name__ == "__main__":
     candidates = caption_split(prompted, pictures, encoding, max_length, process, beam, batch_size)
     scores = score(candidates, references)[0]
     ms = [r["ms"] for r in log.rows if r.get("ms")]
-    peak = torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
-    results = dict(way=kind, trained=n_trained, peak_GB=peak / 1e9,
+    results = dict(way=kind, trained=n_trained, peak_GB=peak_memory(device) / 1e9,
                    seconds_per_step=float(np.median(ms or 0)) / 1000, **scores, step=step,
                    split=split, settings=config)
     for name, which_image in (("", "right"), ("_wrong_picture", "wrong")):
