@@ -247,6 +247,12 @@ def cider(words, lengths, image, vocabulary, df=None):
     return 10 * np.bincount(image, similarity, N) / 4 / (np.bincount(image) - 1), matches
 
 
+def cider_of_tokens(candidates, references, df=None):
+    """CIDEr-D alone, of each image (N,). Arguments as in `evaluate`, with tokenized=True."""
+    image, _, (words, lengths), vocabulary = index(candidates, references, tokenized=True)
+    return cider(words, lengths, image, vocabulary, df)[0]
+
+
 # --------------------------------------------------------------------------------------------------
 # BLEU and ROUGE-L
 

@@ -35,6 +35,7 @@ import time
 import timeit
 import weakref
 import zipfile
+from collections import Counter
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
 
@@ -2928,6 +2929,36 @@ def test_frozen_matrices_in_bfloat16_change_nothing_for_autocast():
     )
 
 
+def test_consensus_takes_the_caption_that_is_most_like_the_others():
+    """By the cosine of counts of n-grams, of which each weighs the same."""
+
+    def likeness(one, other):
+        total = 0.0
+        for n in 1, 2, 3, 4:
+            a, b = (Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+                    for words in (one, other))
+            norms = math.hypot(*a.values()) * math.hypot(*b.values())
+            total += sum(min(a[g], b[g]) * b[g] for g in a) / norms if norms else 0
+        return total * math.exp(-(len(one) - len(other)) ** 2 / 72)
+
+    words = "a b c d e".split()
+    tokenizer = SimpleNamespace(eot_token=5, decode=lambda row: " ".join(words[k] for k in row))
+    tokens = torch.randint(0, 6, (3 * 8, 6), generator=torch.Generator().manual_seed(3))
+    model = SimpleNamespace(generate=lambda *args, **kw: tokens)
+    chosen = train_caption.consensus_captions(model, torch.zeros(3, 1, 1), tokenizer, 6, 8)
+    captions = train_caption.to_text(tokens, tokenizer)
+    for k, caption in enumerate(chosen):
+        samples = [said.split() for said in captions[8 * k:8 * k + 8]]
+        sums = [sum(likeness(one, other) for other in samples) for one in samples]
+        best = [" ".join(one) for one, total in zip(samples, sums) if total > max(sums) - 1e-9]
+        assert caption in best and max(sums) > min(sums) + 0.1
+    references = [[["a", "b"], ["c"]], [["d"], ["a"]], [["b", "c"], ["e"]]]
+    candidates = [["a"], ["d"], ["b", "c", "e"]]
+    for df in None, cider.document_frequencies(references):
+        each = cider.evaluate(candidates, references, df, tokenized=True)[1]["CIDEr"]
+        assert each.any() and (cider.cider_of_tokens(candidates, references, df) == each).all()
+
+
 def test_scst_follows_the_gradient_of_expected_cider():
     """
     All captions of two words at most, all pairs of samples: what is descended on average is minus
@@ -3120,19 +3151,18 @@ def test_captioner_resumes_exactly(trained):
         )
 
 
-def test_beam_and_published_protocol_are_reported_beside_greedy(trained):
+def test_other_decodings_and_published_protocol_are_reported_beside_greedy(trained):
     shutil.copytree(trained / "out/caption_whole", trained / "judged")
     said = run(
-        f"{CAPTION_RUN} out_dir=judged init_from=resume eval_only=True beam=3"
+        f"{CAPTION_RUN} out_dir=judged init_from=resume eval_only=True beam=3 consensus=4"
         " single_reference=True",
         trained,
     )
     results, before = (
         json.load(open(trained / name / "results.json")) for name in ("judged", "out/caption_whole")
     )
-    assert list(results["scores"]) == ["greedy", "greedy, one reference", "beam=3"] and all(
-        name in said for name in results["scores"]
-    )
+    tables = ["greedy", "greedy, one reference", "beam=3", "consensus=4"]
+    assert list(results["scores"]) == tables and all(name in said for name in tables)
     assert results["scores"]["greedy"] == before["scores"]["greedy"]
     captions = [
         [entry["caption"] for entry in json.load(open(trained / name / "captions_val2017.json"))]
@@ -3140,8 +3170,8 @@ def test_beam_and_published_protocol_are_reported_beside_greedy(trained):
     ]
     _, references = coco.load_captions(str(trained / "shapes"), "val2017")
     assert (
-        cider.evaluate(captions[1], references)[0] == results["scores"]["beam=3"] == {
-            k: results[k] for k in results["scores"]["beam=3"]
+        cider.evaluate(captions[1], references)[0] == results["scores"]["consensus=4"] == {
+            k: results[k] for k in results["scores"]["consensus=4"]
         }
     )
     rng = np.random.default_rng(1337)
@@ -3211,6 +3241,9 @@ def test_image_mode_needs_the_checkpoint_alone(trained, tmp_path, server):
         f"train_caption.py image=mine,*3.jpg,4.jpg,{server}/shapes/val2017/000001.jpg num=2 beam=3",
         tmp_path,
     ).splitlines()
+    one_each = run("train_caption.py image=mine,4.jpg consensus=3", tmp_path)
+    for name in ("mine/1.jpg: ", "mine/2.jpg: ", "4.jpg: "):
+        assert one_each.count(name) == 1
     names = [
         name
         for name in (

@@ -60,7 +60,7 @@ from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_
                         load_model, load_weights, local_main_process_first, make_optimizers,
                         optimizer_step, plot, pyplot, read_log, resume_optimizers, save_run, setup,
                         start_wandb, stop_signals, warn_changed)
-from cider import document_frequencies, evaluate as score, tokenize
+from cider import cider_of_tokens, document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
                   open_image, save_json, splits_of, warn_overlap)
 
@@ -97,6 +97,7 @@ eval_interval = 924         # >= 1: steps between evaluations, each with a check
 log_interval = 20           # >= 1: steps between printed lines
 single_reference = False    # also score by the published table's protocol
 beam = 1                    # >= 1: beams of the search for final captions and image=; 1 = greedy
+consensus = 0               # >= 0: final captions and image=: of so many samples, the most typical
 image: str = None           # caption pictures, folders, globs, URLs (a,b,...) and train nothing
 num = 1                     # >= 1: image=: captions a picture
 temperature = 1.0           # >= 0: image=: 0 takes the likeliest token each time
@@ -417,8 +418,8 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     for words, ended in zip(tokenize(to_text(tokens, tokenizer)), is_eos.any(1).tolist()):
         candidates.append(words + [END] * ended)
     row_references = [refs for refs in references for _ in range(samples)]
-    _, per_image = score(candidates, row_references, df, tokenized=True)
-    rewards = torch.from_numpy(per_image["CIDEr"]).float().view(B, samples)
+    rewards = torch.from_numpy(cider_of_tokens(candidates, row_references, df)).float()
+    rewards = rewards.view(B, samples)
     baseline = (rewards.sum(1, keepdim=True) - rewards) / (samples - 1)
     # what comes after the first EOS is padding
     targets = tokens.masked_fill(is_eos.cumsum(1) > is_eos.long(), -100)
@@ -426,6 +427,22 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     image_idx = torch.arange(B, device=tokens.device).repeat_interleave(samples)
     loss_weight = (rewards - baseline).flatten().to(tokens.device)
     return idx, targets, image_idx, loss_weight, rewards.mean().item()
+
+
+def consensus_captions(model, features, tokenizer, max_length, n):
+    """
+    Of n sampled captions of each picture (B, S, W), the one that is most like the others: it has
+    the highest CIDEr if the n samples are its references. So it is the caption that the model
+    itself expects to score best (minimum Bayes risk, Kumar and Byrne 2004,
+    https://aclanthology.org/N04-1022). The likeliest caption is often one that says little.
+    """
+    tokens = model.generate(features, tokenizer.eot_token, max_length, temperature=1.0, num=n)
+    captions = to_text(tokens, tokenizer)
+    words = tokenize(captions)
+    references = [words[i - i % n:i - i % n + n] for i in range(len(words))]
+    # all n-grams weigh the same: a corpus of ten images, none of which has any of them
+    agreement = cider_of_tokens(words, references, {(): 10}).reshape(-1, n)
+    return [captions[i * n + best] for i, best in enumerate(agreement.argmax(1))]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -460,16 +477,21 @@ def perplexity(model, features, captions, process, which_image="right", rows_at_
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
 
 
-def caption_split(model, features, tokenizer, max_length, process, beam=1, batch_size=256):
-    """The captions of all pictures of a split, in order, by beam search or greedy."""
-    mine, batch_size = {}, max(1, batch_size // beam)
+def caption_split(model, features, tokenizer, max_length, process, beam=1, batch_size=256,
+                  consensus=0):
+    """The captions of all pictures of a split, in order: by consensus, beam search, or greedy."""
+    mine, batch_size = {}, max(1, batch_size // max(beam, consensus))
     stride = process.world_size * batch_size
     for start in range(process.rank * batch_size, len(features), stride):
         numbers = np.arange(start, min(start + batch_size, len(features)))
         batch = read_features(features, numbers, process.device)
         with process.autocast():
-            tokens = model.generate(batch, tokenizer.eot_token, max_length, beam=beam)
-        mine |= zip(numbers.tolist(), to_text(tokens, tokenizer))
+            if consensus:
+                captions = consensus_captions(model, batch, tokenizer, max_length, consensus)
+            else:
+                tokens = model.generate(batch, tokenizer.eot_token, max_length, beam=beam)
+                captions = to_text(tokens, tokenizer)
+        mine |= zip(numbers.tolist(), captions)
     parts = [mine]
     if process.world_size > 1:
         parts = [None] * process.world_size
@@ -693,7 +715,7 @@ def read_pictures(names):
             yield (None, picture) if isinstance(picture, str) else (file, picture)
 
 
-def caption_pictures(names, path, process, temperature, top_k, num, beam):
+def caption_pictures(names, path, process, temperature, top_k, num, beam, consensus):
     """
     Prints num captions of each picture that `names` names, and draws the first 40 pictures beside
     the checkpoint `path`. Pictures that cannot be read are listed at the end; exit code 2.
@@ -719,11 +741,14 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam):
             continue
         pixels = [image_encoder.preprocess(picture) for _, picture in batch]
         features = torch.from_numpy(encode(image_encoder, pixels, process))
+        features, max_length = features.to(process.device, torch.float32), saved["max_length"]
         with process.autocast():
-            tokens = model.generate(features.to(process.device, torch.float32),
-                                    tokenizer.eot_token, saved["max_length"], temperature, top_k,
-                                    num, beam)
-        captions = to_text(tokens, tokenizer)
+            if consensus:
+                captions = consensus_captions(model, features, tokenizer, max_length, consensus)
+            else:
+                tokens = model.generate(features, tokenizer.eot_token, max_length, temperature,
+                                        top_k, num, beam)
+                captions = to_text(tokens, tokenizer)
         for i, (file, picture) in enumerate(batch):
             of_picture = captions[i * num:(i + 1) * num]
             for caption in of_picture:
@@ -912,6 +937,8 @@ class MovingAverage:
 def check_settings(config, process):
     """Refuses settings that do not go together."""
     c = config
+    if c["num"] > 1 and c["consensus"]:
+        die("consensus= gives one caption of each picture: leave num= or consensus= out")
     if c["num"] > c["beam"] and (c["beam"] > 1 or c["temperature"] == 0):
         die(f"num={c['num']} different captions of a picture need temperature > 0, or "
             f"beam={c['num']}")
@@ -1021,18 +1048,21 @@ class Evaluation(NamedTuple):
         return self.scores["CIDEr"] if self.right is None else self.right
 
 
-def evaluate(model, images, references, features, tokenizer, max_length, process, beam=1):
+def evaluate(model, images, references, features, tokenizer, max_length, process, beam=1,
+             consensus=0):
     """Captions all images of a split and scores the captions."""
     model.eval()
-    captions = caption_split(model, features, tokenizer, max_length, process, beam)
+    captions = caption_split(model, features, tokenizer, max_length, process, beam,
+                             consensus=consensus)
     scores, per_image = score(captions, references)
     return Evaluation(captions, scores, per_image["CIDEr"], fraction_right(images, captions))
 
 
 def score_best(model, held_out, captions, evaluation, config):
     """
-    The results of the best checkpoint, and the Evaluation that is drawn: by beam search if beam > 1
-    is set. held_out: the arguments of `evaluate`. evaluation: the greedy one, if it is known.
+    The results of the best checkpoint, and the Evaluation that is drawn: greedy, or by beam search
+    or consensus if these are set. held_out: the arguments of `evaluate`. evaluation: the greedy
+    one, if it is known.
     """
     _, references, features, _, _, process = held_out
     evaluation = evaluation or evaluate(model, *held_out)
@@ -1043,6 +1073,10 @@ def score_best(model, held_out, captions, evaluation, config):
     if config["beam"] > 1:
         evaluation = evaluate(model, *held_out, config["beam"])
         table[f"beam={config['beam']}"] = evaluation.scores
+    if config["consensus"]:
+        reseed(config["seed"], 0)
+        evaluation = evaluate(model, *held_out, consensus=config["consensus"])
+        table[f"consensus={config['consensus']}"] = evaluation.scores
     results = dict(fusion=config["fusion"], every=config["every"], **evaluation.scores,
                    right=evaluation.right, scores=table, settings=config)
     for name, which_image in (("", "right"), ("_wrong_picture", "wrong"), ("_no_picture", "none")):
@@ -1160,7 +1194,7 @@ if __name__ == "__main__":
     # ---- only captions of some pictures
     if image:
         path = run_file(find_run(out_dir, init_from), "best.pt")
-        caption_pictures(image, path, process, temperature, top_k, num, beam)
+        caption_pictures(image, path, process, temperature, top_k, num, beam, consensus)
         sys.exit(0)
 
     # ---- where the run goes. A run is never trained over
