@@ -4,7 +4,8 @@ is trained.
 
     python train_caption.py                            # nothing prepared: a demo, two minutes
     python train_caption.py fusion=all                 # five variants side by side
-    python train_caption.py image=a.jpg,photos beam=5  # caption pictures with the newest run
+    python train_caption.py image=a.jpg,photos         # caption pictures with the newest run
+    python train_caption.py init_from=resume eval_only=True consensus=40    # score it once more
     python train_caption.py data=data/coco2017 gpt=gpt2             # COCO on one GPU, after coco.py
     torchrun --standalone --nproc_per_node=8 train_caption.py gpt=out/gpt2/ckpt.pt      # eight
     python train_caption.py init_from=out/caption_coco2017_xattn1 scst=True learning_rate=1e-5 \
@@ -115,7 +116,7 @@ PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_dec
 # The demo on drawn scenes: what is trained where there is no COCO and data= is not typed.
 DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64,
             optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
-            beta2=0.95, dropout=0.0, max_steps=360, eval_interval=120, log_interval=20)
+            beta2=0.95, dropout=0.0, max_steps=330, eval_interval=110, log_interval=20)
 # What a run takes over from the run that it starts from, and what a resumed run takes over.
 INHERITED = ("data gpt encoder fusion every n_query dropout token_dropout shuffle batch_size "
              "max_length optimizer weight_decay beta2 ema").split()
@@ -726,7 +727,7 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam, consen
     if name not in ("tagger", "patches") and not checkpoint["pretrained"]:
         die(f"{path} was trained on features of another program: it has no encoder for pictures")
     image_encoder = load_encoder(name, checkpoint["pretrained"], checkpoint["tagger"],
-                                 checkpoint.get("turned", False))
+                                 checkpoint.get("turned", False), checkpoint.get("image_size"))
     if fingerprint(image_encoder) != checkpoint["weights"]:
         die(f"the weights of {name} ({checkpoint['pretrained']}) are not those that {path} was "
             "trained with")
@@ -1033,7 +1034,8 @@ def about_encoder(data, metadata):
     if metadata.get("encoder") == "tagger":
         tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
     return dict(pretrained=metadata.get("pretrained"), weights=metadata.get("weights"),
-                turned=metadata.get("turned", False), tagger=tagger)
+                turned=metadata.get("turned", False), image_size=metadata.get("image_size"),
+                tagger=tagger)
 
 
 class Evaluation(NamedTuple):

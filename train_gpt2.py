@@ -360,6 +360,8 @@ def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, ge
 # 64 sequences of 1,024 tokens have 13 GB of float32 logits, and as much again of dz. But each row
 # needs only its own logits. So forward() takes a few thousand rows at a time and, while it has
 # their logits, also computes dx and dW. backward() only scales these. No matmul is done twice.
+# torch.nn.functional.linear_cross_entropy (torch 2.13) does the same, but for equal weights only,
+# and without the losses of the single rows, which HellaSwag needs.
 # ==================================================================================================
 
 
