@@ -72,7 +72,6 @@ turned = False              # pictures from above: each counts in 8 orientations
 karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
 encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
 pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
-image_size: int = None      # >= 32: of timm's CNNs: side of the pictures; None = as it was trained
 keep: str = None            # one of short | long: converting: two captions of each picture only
 skip_bad = False            # remove unreadable pictures from the json, instead of ending with them
 batch_size = 128            # >= 1: images
@@ -883,7 +882,7 @@ class Timm(nn.Module):
     but what captions speak of may lie at the border, and aerial pictures have no middle.
     """
 
-    def __init__(self, name, pretrained, image_size=None):
+    def __init__(self, name, pretrained):
         super().__init__()
         mend_torchvision()
         import timm
@@ -929,19 +928,14 @@ class Timm(nn.Module):
         elif pretrained == "none":
             warn_random_weights(name)
         self.pretrained = pretrained or self.model.pretrained_cfg["tag"]
-        if image_size:
-            config["input_size"] = (3, image_size, image_size)
         config |= dict(crop_pct=1.0, crop_mode="squash")
         self.preprocess = timm.data.create_transform(**config, is_training=False)
         # a map's channels side by side in memory: what convolutions are fastest with
         self.model.to(memory_format=torch.channels_last)
         self.width_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         self.eval()
-        try:
-            with torch.no_grad():
-                features = self.model.forward_features(torch.zeros(1, *config["input_size"]))
-        except (AssertionError, RuntimeError) as problem:
-            die(f"encoder=timm/{name} takes no image_size={image_size} ({problem})")
+        with torch.no_grad():
+            features = self.model.forward_features(torch.zeros(1, *config["input_size"]))
         if not torch.is_tensor(features) or features.ndim not in (3, 4):
             die(f"encoder=timm/{name}: its forward_features gives no map and no tokens")
         if features.ndim == 4:
@@ -962,21 +956,19 @@ class Timm(nn.Module):
         return features.flatten(2).transpose(1, 2)  # (B, W, rows, columns) -> (B, S, W)
 
 
-def load_encoder(name, pretrained=None, tagger=None, turned=False, image_size=None):
+def load_encoder(name, pretrained=None, tagger=None, turned=False):
     """
     The frozen image encoder `name`. pretrained, for open_clip and timm: a tag, a local file, none
     (random weights) or None (openai, or timm's default). tagger: what train_tagger saved. turned:
-    `encode` takes the mean over 8 orientations. image_size: of timm's.
+    `encode` takes the mean over 8 orientations.
     """
-    if image_size and not name.startswith("timm/"):
-        die(f"image_size={image_size} is for a CNN of timm, not for encoder={name}")
     if name == "patches":
         encoder = Patches()
     elif name == "tagger":
         encoder = Tagger()
         load_weights(encoder, tagger, "the tagger")
     elif name.startswith("timm/"):
-        encoder = Timm(name.removeprefix("timm/"), pretrained, image_size)
+        encoder = Timm(name.removeprefix("timm/"), pretrained)
     else:
         encoder = OpenCLIP(name, pretrained or "openai")
     encoder.turned = turned
@@ -1109,7 +1101,7 @@ def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=Fa
     existing = [file for file in (path, part) if os.path.exists(file)]
     before = read_metadata(path) if existing else {}
     for key, what in (("weights", "weights or layers of the encoder"), ("names", "pictures"),
-                      ("turned", "orientations (turned=)"), ("image_size", "sizes of pictures")):
+                      ("turned", "orientations (turned=)")):
         if key in metadata and before.get(key, metadata[key]) != metadata[key]:
             die(f"{existing[0]} was made with other {what}, or in another order: delete it to "
                 "encode again, or take another data=")
@@ -1329,10 +1321,9 @@ if __name__ == "__main__":
             if not os.path.exists(tagger_file):
                 train_tagger(data, teach_steps, seed)
             tagger = load_checkpoint(tagger_file)
-        image_encoder = load_encoder(encoder, pretrained, tagger, turned, image_size)
+        image_encoder = load_encoder(encoder, pretrained, tagger, turned)
         made_by = dict(encoder=encoder, pretrained=getattr(image_encoder, "pretrained", None),
                        weights=fingerprint(image_encoder), grid=image_encoder.grid,
-                       image_size=image_size,
                        parameters=sum(p.numel() for p in image_encoder.parameters()))
         image_encoder.to(process.device)
         bad = []

@@ -2300,15 +2300,6 @@ def test_timm_features_are_timms_own(capsys):
             assert torch.equal(features[0, 7 * 2 + 5], theirs[0, :, 2, 5])
         same = coco.load_encoder(f"timm/{name}", "none")
         assert coco.fingerprint(same) == coco.fingerprint(encoder)
-    larger = coco.load_encoder("timm/mobilenetv3_small_050", "none", image_size=288)
-    pixels = torch.stack([larger.preprocess(picture)])
-    assert pixels.shape[2:] == (288, 288) and larger.grid == (9, 9)
-    assert larger(pixels).shape[1] == 81
-    for name, hint in (("timm/vit_tiny_patch16_224", "takes no image_size=288"),
-                       ("ViT-B-32", "for a CNN of timm"), ("patches", "for a CNN of timm")):
-        with pytest.raises(SystemExit):
-            coco.load_encoder(name, "none", image_size=288)
-        assert hint in capsys.readouterr().err
     assert coco.features_file("d", "timm/x", "val2017") == "d/features/timm_x_val2017.npy"
 
 

@@ -727,7 +727,7 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam, consen
     if name not in ("tagger", "patches") and not checkpoint["pretrained"]:
         die(f"{path} was trained on features of another program: it has no encoder for pictures")
     image_encoder = load_encoder(name, checkpoint["pretrained"], checkpoint["tagger"],
-                                 checkpoint.get("turned", False), checkpoint.get("image_size"))
+                                 checkpoint.get("turned", False))
     if fingerprint(image_encoder) != checkpoint["weights"]:
         die(f"the weights of {name} ({checkpoint['pretrained']}) are not those that {path} was "
             "trained with")
@@ -1034,8 +1034,7 @@ def about_encoder(data, metadata):
     if metadata.get("encoder") == "tagger":
         tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
     return dict(pretrained=metadata.get("pretrained"), weights=metadata.get("weights"),
-                turned=metadata.get("turned", False), image_size=metadata.get("image_size"),
-                tagger=tagger)
+                turned=metadata.get("turned", False), tagger=tagger)
 
 
 class Evaluation(NamedTuple):
