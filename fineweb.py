@@ -8,7 +8,7 @@ long arrays of token ids.
     python fineweb.py text=notes.txt data=notes val_tokens=10000        # your own text
     python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn
 
-It needs no GPU. Two cores tokenize about 7 million tokens a second. After an interruption the same
+It needs no GPU. Two cores tokenize 3 to 7 million tokens a second. After an interruption the same
 command continues. The shards are those of build-nanogpt, whose own work here too: uint16, 100M
 tokens each, edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on. <|endoftext|> opens
 each document: a line of a .txt file, the field "text" of a line of .jsonl or a row of .parquet.
