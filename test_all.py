@@ -6,6 +6,7 @@ cache, one process, an uninterrupted run), and the rules of the house. What need
 where ../shared/data exists, and is skipped elsewhere.
 """
 
+import ast
 import concurrent.futures
 import copy
 import dataclasses
@@ -220,6 +221,37 @@ def configured(tmp_path, monkeypatch):
         return fineweb.configure(module | dict(__file__=str(tmp_path / "script.py")), **kw)
 
     return configure
+
+
+def commands_of(text):
+    """(script, words) of each command in a text; $NAME stands for what NAME="..." said above it."""
+    variables = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$(\w+)", lambda match: variables.get(match[1], ""), line)
+        assigned = re.fullmatch(r"\s*([A-Z])=(.*)", line)
+        if assigned:
+            variables[assigned[1]] = assigned[2].strip('"')
+        for match in re.finditer(r"(?:python|\d) (?:-m )?(\w+\.py)([^#`\n]*)", line):
+            yield match[1], [word for word in shlex.split(match[2]) if re.match(r"\w+=", word)]
+
+
+def test_every_command_in_the_texts_names_settings_that_exist():
+    scripts = [name for name in os.listdir(REPO) if name.endswith(".py")]
+    sources = {name: open(os.path.join(REPO, name), encoding="utf-8").read() for name in scripts}
+    settings = {name: fineweb.read_settings(source) for name, source in sources.items()}
+    n = 0
+    for name in ("README.md", *scripts):
+        text = sources.get(name) or open(os.path.join(REPO, name), encoding="utf-8").read()
+        if name in scripts:
+            text = ast.get_docstring(ast.parse(text))
+        for script, words in commands_of(text):
+            for word in words:
+                setting, _, value = word.partition("=")
+                assert setting in settings[script], f"{name}: {script} {word}"
+                n += 1
+                if value:
+                    fineweb.parse_setting(setting, value, settings[script][setting])
+    assert n > 150
 
 
 def test_configure_takes_types_as_python_writes_them(configured):
