@@ -60,7 +60,7 @@ from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_
                         check_finite, curve, decode, distribute, finish, get_lr, load_checkpoint,
                         load_model, load_weights, local_main_process_first, make_optimizers,
                         optimizer_step, plot, pyplot, read_log, resume_optimizers, save_run, setup,
-                        start_wandb, stop_signals, warn_changed)
+                        start_wandb, stop_signals, wait_for_all, warn_changed)
 from cider import cider_of_tokens, document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
                   open_image, save_json, splits_of, warn_overlap)
@@ -233,6 +233,11 @@ class Captioner(nn.Module):
                 if p.dim() == 2 and not name.endswith("wpe.weight"):
                     p.data = p.data.bfloat16()
         return self.to(process.device)
+
+    def count_parameters(self):
+        """-> how many are trained, and how many there are."""
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return trained, sum(p.numel() for p in self.parameters())
 
     def encode_image(self, features, image_idx=None):
         """
@@ -587,7 +592,7 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=
     for b, (picture, caption) in enumerate(zip(pictures, captions)):
         for t, (ax, token) in enumerate(zip(axes[b], caption)):
             # tokens before the grid, such as CLIP's class token, have no place in the picture
-            heat = maps[best, b, t, -height * width:].view(height, width)
+            heat = maps[best, b, t, -height * width:].view(height, width).numpy()
             ax.imshow(picture, extent=(0, 1, 0, 1))
             ax.imshow(heat, extent=(0, 1, 0, 1), cmap="inferno", alpha=0.6,
                       interpolation="bilinear")
@@ -1066,6 +1071,7 @@ def score_best(model, held_out, captions, evaluation, config):
     one, if it is known.
     """
     _, references, features, _, _, process = held_out
+    model.eval()
     evaluation = evaluation or evaluate(model, *held_out)
     table = {"greedy": evaluation.scores}
     if config["single_reference"]:
@@ -1140,11 +1146,13 @@ def save_captions(path, images, captions):
     save_json(path, rows, indent=1)
 
 
-def print_start(train_features, val_features, trainable, total, process):
+def print_start(train_features, val_features, trainable, total, process, n_cut):
     n, S, W = train_features.shape
     print(f"{n:,} pictures to train on, {len(val_features):,} held out, {S} tokens x {W} each | "
           f"{trainable:,} trainable parameters, {trainable / total:.1%} of {total:,} | "
           f"{process.world_size} process(es) on {process.device}", flush=True)
+    if n_cut:
+        print(f"{n_cut:,} captions have more tokens than max_length= and are cut")
 
 
 def print_evaluation(row, max_steps, caption):
@@ -1182,6 +1190,19 @@ def print_results(folder, results, candidates, references):
         print("CIDEr is 0: with one picture, every n-gram is in all pictures and counts 0")
 
 
+def write_results(results, evaluation, model, held_out, metadata, rows):
+    """Saves, draws and prints what came of a run. held_out: the arguments of `evaluate`."""
+    config, (images, references, *_) = results["settings"], held_out
+    folder, split = config["out_dir"], config["split"]
+    save_json(os.path.join(folder, "results.json"), results, indent=1)
+    save_captions(os.path.join(folder, f"captions_{split}.json"), images, evaluation.captions)
+    draw_curves(os.path.join(folder, "curves.png"), rows, config["batch_size"], split,
+                config["scst"], list(model.gated))
+    draw_results(folder, model, metadata, os.path.join(config["data"], split), evaluation,
+                 *held_out)
+    print_results(folder, results, evaluation.captions, references)
+
+
 # --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
@@ -1203,8 +1224,7 @@ if __name__ == "__main__":
     is_demo = gpt == DEMO["gpt"] and data == DEMO["data"]
     if is_demo and rank == 0 and init_from == "scratch":
         prepare_demo(config)
-    if world_size > 1:
-        dist.barrier()
+    wait_for_all(process)
     if fusion == "all":
         compare_variants(out_dir, DEMO if is_demo else {}, split)
         print(f"{time.time() - t_start:.0f} s in all")
@@ -1227,8 +1247,8 @@ if __name__ == "__main__":
         config, W, metadata.get("weights"), process)
     tokenizer = get_tokenizer(tokenizer_source)
     raw_model.to_process(process)
-    trainable = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in raw_model.parameters()) + metadata.get("parameters", 0)
+    trainable, total = raw_model.count_parameters()
+    total += metadata.get("parameters", 0)  # the encoder's
     optimizers = make_optimizers(raw_model, optimizer, learning_rate, weight_decay, (0.9, beta2))
     step, best = 0, -1.0
     if init_from == "resume":
@@ -1249,16 +1269,14 @@ if __name__ == "__main__":
     train_captions = TokenizedCaptions(train_references, tokenizer, max_length)
     val_captions = TokenizedCaptions(references, tokenizer, max_length)
     held_out = images, references, val_features, tokenizer, max_length, process
-    n_cut = train_captions.cut + val_captions.cut
-    if n_cut and rank == 0:
-        print(f"{n_cut:,} captions have more than max_length={max_length} tokens and are cut")
     sample = None
     if scst:
         sample = make_sampler(raw_model, train_references, tokenizer, max_length, samples)
 
     # ---- the loop
     if rank == 0:
-        print_start(train_features, val_features, trainable, total, process)
+        print_start(train_features, val_features, trainable, total, process,
+                    train_captions.cut + val_captions.cut)
         columns = ["step", "loss", "reward", "perplexity", "CIDEr", "lr", "norm", "ms",
                    *read_gates(raw_model)]
         log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step,
@@ -1323,27 +1341,18 @@ if __name__ == "__main__":
 
     if stop:
         if rank == 0:
-            print(f"stopped at step {step}; go on with: python train_caption.py out_dir={out_dir} "
-                  "init_from=resume")
+            print(f"stopped at step {step}; go on with init_from=resume out_dir={out_dir}")
         finish(process)
 
     # ---- results, of the best checkpoint
     if rank == 0 and not eval_only:
         log.add(**row)
-    if world_size > 1:
-        dist.barrier()  # rank 0 has written the checkpoint
+    wait_for_all(process)  # rank 0 has written the checkpoint
     checkpoint = load_checkpoint(run_file(out_dir, "best.pt"))
     load_weights(raw_model, checkpoint["model"], out_dir)
-    raw_model.eval()
     results, evaluation = score_best(raw_model, held_out, val_captions, best_evaluation, config)
     results |= dict(trainable=trainable, total=total, step=checkpoint["step"])
     if rank == 0:
-        save_json(os.path.join(out_dir, "results.json"), results, indent=1)
-        save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, evaluation.captions)
-        draw_curves(os.path.join(out_dir, "curves.png"), log.rows, batch_size, split, scst,
-                    list(raw_model.gated))
-        draw_results(out_dir, raw_model, metadata, os.path.join(data, split), evaluation,
-                     *held_out)
-        print_results(out_dir, results, evaluation.captions, references)
+        write_results(results, evaluation, raw_model, held_out, metadata, log.rows)
         print(f"time                       {time.time() - t_start:.0f} s")
     finish(process)

@@ -816,10 +816,16 @@ def local_main_process_first(process):
         dist.barrier()
 
 
-def finish(process):
-    """Ends the script, all processes together: rank 0 may still be writing."""
+def wait_for_all(process):
+    """Each process waits here until all have come."""
     if process.world_size > 1:
         dist.barrier()
+
+
+def finish(process):
+    """Ends the script, all processes together: rank 0 may still be writing."""
+    wait_for_all(process)
+    if process.world_size > 1:
         dist.destroy_process_group()
     sys.exit(0)
 
