@@ -40,7 +40,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python cider.py name=value` overrides any of them
+# settings: `python cider.py name=value` overrides any; rules such as >= 1 are checked
 
 results: str = None         # COCO results file: the candidates
 captions: str = None        # COCO captions file: the references

@@ -61,7 +61,7 @@ from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, s
 from cider import read_captions, tokenize
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python coco.py name=value` overrides any of them
+# settings: `python coco.py name=value` overrides any; rules such as >= 1 are checked
 
 data = "data/coco2017"      # folder of the data set
 shapes = 0                  # >= 0: draw this many training scenes, and a twentieth for validation

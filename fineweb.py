@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python fineweb.py name=value` overrides any of them
+# settings: `python fineweb.py name=value` overrides any; rules such as >= 1 are checked
 
 data = "edu_fineweb10B"     # folder for the shards
 text: str = None            # .txt, .jsonl, .parquet: a file, folder or pattern, or several: a,b

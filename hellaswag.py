@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 from fineweb import configure, die, download, get_tokenizer, read_lines
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python hellaswag.py name=value` overrides any of them
+# settings: `python hellaswag.py name=value` overrides any; rules such as >= 1 are checked
 
 file = "data/hellaswag_val.jsonl"   # the questions; fetched if they are not there
 tokenizer = "gpt2"                  # gpt2, or a .tiktoken file

@@ -78,7 +78,7 @@ from train_caption import (TokenizedCaptions, caption_split, draw_captions, perp
                            read_features, run_script, save_captions, to_text, training_batch)
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python paligemma_prompt.py name=value` overrides any of them
+# settings: `python paligemma_prompt.py name=value` overrides any; rules such as >= 1 are checked
 
 paligemma: str = None       # hub name[@revision], folder, .safetensors, .npz, small; None = a demo
 tokenizer: str = None       # a SentencePiece file; None = tokenizer.model beside the weights

@@ -3165,7 +3165,7 @@ def test_moving_average_of_the_weights():
         expected = decay * expected + (1 - decay) * value
     average.swap()
     assert model.weight.item() == pytest.approx(expected)
-    assert average.other[0].item() == 2.0
+    assert average.swapped_out[0].item() == 2.0
     average.swap()
     assert model.weight.item() == 2.0
 
@@ -3178,6 +3178,21 @@ def test_captioner_resumes_exactly(trained):
         assert log_column(trained / "half/log.csv", column) == log_column(
             trained / "out/caption_whole/log.csv", column
         )
+
+
+def test_a_resumed_run_chooses_the_checkpoint_that_a_stop_left_unevaluated(trained):
+    """A stop saves before the evaluation that was due. The resumed run evaluates that checkpoint."""
+    runs = (("gpt", f"{GPT_RUN} out_dir=gpt_stopped", math.inf),
+            ("out/caption_whole", f"{CAPTION_RUN} out_dir=caption_stopped", -1.0))
+    for whole, command, none_yet in runs:
+        folder = trained / command.split("out_dir=")[1]
+        folder.mkdir()
+        checkpoint = train_gpt2.load_checkpoint(str(trained / whole / "ckpt.pt"))
+        checkpoint["best"] = none_yet
+        torch.save(checkpoint, folder / "ckpt.pt")
+        run_here(f"{command} init_from=resume max_steps={checkpoint['step']}", trained)
+        best = train_gpt2.load_checkpoint(str(folder / "best.pt"))
+        assert best["step"] == checkpoint["step"] and best["best"] != none_yet
 
 
 def test_other_decodings_and_published_protocol_are_reported_beside_greedy(trained):

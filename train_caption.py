@@ -66,7 +66,7 @@ from coco import (encode, fingerprint, fraction_right, load_captions, load_encod
                   open_image, save_json, splits_of, warn_overlap)
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python train_caption.py name=value` overrides any of them
+# settings: `python train_caption.py name=value` overrides any; rules such as >= 1 are checked
 
 data: str = None            # folder in COCO's layout; None = data/coco2017, or a demo
 out_dir: str = None         # where the run goes; None = out/caption_{data}_{fusion}
@@ -101,7 +101,7 @@ beam = 1                    # >= 1: beams of the search for final captions and i
 consensus = 0               # >= 0: final captions and image=: of so many samples, the most typical
 image: str = None           # caption pictures, folders, globs, URLs (a,b,...) and train nothing
 num = 1                     # >= 1: image=: captions a picture
-temperature = 1.0           # >= 0: image=: 0 takes the likeliest token each time
+temperature = 1.0           # >= 0: image=: captions are sampled; 0 = greedy ones, as are scored
 top_k = 10                  # >= 1: image=: sample from the k likeliest tokens
 seed = 1337                 # >= 0
 device: str = None          # cuda, cpu, mps; None takes the best there is
@@ -110,7 +110,7 @@ compile = False             # torch.compile the model: minutes, for a step that 
 wandb_log = False           # mirror the log to Weights & Biases
 
 # The published prefix runs have a recipe of their own, one epoch long. fusion=linear and
-# fusion=qformer take it for what is not typed.
+# fusion=qformer take it for what is not typed. In the demo, DEMO goes before it.
 PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_decay=0.05,
                      beta2=0.98, max_steps=463, eval_interval=463)
 # The demo on drawn scenes: what is trained where there is no COCO and data= is not typed.
@@ -203,9 +203,10 @@ class QFormer(nn.Module):
 
 class Captioner(nn.Module):
     """
-    A frozen GPT and a trainable fusion module: `project`, and for xattn the blocks in `gated`. A
-    further kind of fusion needs its module here, its branch in encode_image, and its name in the
-    setting. Without a picture, the model is the GPT.
+    A frozen GPT and a trainable fusion module: `project`, and for xattn the blocks in `gated`.
+    Without a picture, the model is the GPT. A further kind of prefix needs a class, a branch in
+    __init__, and its name in the setting `fusion`. A kind that works inside the GPT also needs its
+    blocks in `gated` and a branch in encode_image. VARIANTS is what fusion=all compares.
     """
 
     def __init__(self, gpt, fusion, every, width, n_query=32, dropout=0.1):
@@ -219,8 +220,10 @@ class Captioner(nn.Module):
                 self.gated[str(layer)] = GatedCrossAttention(C, n_head)
         elif fusion == "linear":
             self.project = nn.Linear(width, C)
-        else:
+        elif fusion == "qformer":
             self.project = QFormer(width, C, n_query, dropout)
+        else:
+            raise ValueError(f"no fusion module is called {fusion}")
 
     def to_process(self, process):
         """
@@ -257,11 +260,13 @@ class Captioner(nn.Module):
         Tokens idx (R, T), which follow those in the cache, and encode_image's result -> hidden
         states (R, T, C), from which gpt.head makes logits.
         """
+        # a tensor is a prefix of the text, a dict is for the gated blocks
         prefix = image if torch.is_tensor(image) else None
         image_kv = image if isinstance(image, dict) else {}
         n_prefix = 0 if prefix is None else prefix.shape[1]
-        n_cached = kv_cache.pos if kv_cache else 0  # tokens of the prefix are cached too
-        # The prefix has no position embeddings: text starts at position 0, as in pretraining.
+        n_cached = kv_cache.pos if kv_cache else 0
+        # The prefix has no position embeddings: text starts at position 0, as in pretraining. The
+        # cache holds the prefix too: the text in it is n_cached - n_prefix tokens long.
         x = self.gpt.embed(idx, max(0, n_cached - n_prefix))
         if n_prefix and not n_cached:
             # The GPT's causal mask holds in the prefix too. PaliGemma's prefix has no such mask.
@@ -374,7 +379,10 @@ def training_batch(step, batch_size, captions, seed):
 
 
 def reseed(seed, step, rank=0):
-    """Makes dropout a pure function of (seed, step): a resumed run needs no saved generator."""
+    """
+    Makes dropout, and all else that is drawn in a step, a pure function of (seed, step): a resumed
+    run needs no saved generator.
+    """
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
 
@@ -708,16 +716,16 @@ def read_pictures(names):
             with tempfile.TemporaryDirectory() as folder:
                 file = os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:])
                 picture = open_image(download(name, file, tries=3), otherwise=str)
-            files = [(name, picture)]
-        elif os.path.isdir(name):
+            yield (None, picture) if isinstance(picture, str) else (name, picture)
+            continue
+        if os.path.isdir(name):
             inside = sorted(os.path.join(name, file) for file in os.listdir(name)
                             if file.lower().endswith(still) and not file.startswith("."))
-            files = [(file, file) for file in inside if os.path.isfile(file)]
+            files = [file for file in inside if os.path.isfile(file)]
         else:
-            files = [(file, file) for file in sorted(glob.glob(name)) or [name]]
-        for file, picture in files:
-            if isinstance(picture, str) and picture == file:
-                picture = open_image(file, otherwise=str)
+            files = sorted(glob.glob(name)) or [name]
+        for file in files:
+            picture = open_image(file, otherwise=str)  # or one line that says why not
             yield (None, picture) if isinstance(picture, str) else (file, picture)
 
 
@@ -923,7 +931,8 @@ class MovingAverage:
         """last_weights: of a run that is resumed. Its checkpoint's model is the average."""
         self.decay = decay
         self.weights = [p for p in model.parameters() if p.requires_grad]
-        self.other = [p.detach().clone() for p in self.weights]
+        # the average; after swap(), the weights of the last step
+        self.swapped_out = [p.detach().clone() for p in self.weights]
         for p, last in zip(self.weights, last_weights or []):
             p.copy_(last)
 
@@ -931,13 +940,13 @@ class MovingAverage:
     def update(self, step):
         # the first steps, far from the end, are soon forgotten
         decay = min(self.decay, (1 + step) / (10 + step))
-        for average, p in zip(self.other, self.weights):
+        for average, p in zip(self.swapped_out, self.weights):
             average.lerp_(p, 1 - decay)
 
     def swap(self):
         """Puts the average into the model, or the weights of the last step back."""
         for i, p in enumerate(self.weights):
-            p.data, self.other[i] = self.other[i], p.data
+            p.data, self.swapped_out[i] = self.swapped_out[i], p.data
 
 
 def check_settings(config, process):
@@ -1285,7 +1294,7 @@ if __name__ == "__main__":
     best_evaluation = None  # of best.pt, if this process evaluated it
     t0, first_step = time.time(), step
     while not eval_only:
-        # evaluate on the whole held-out split, and save; with ema the average of the weights
+        # evaluate (also where a resumed run begins), and save; with ema the average of the weights
         row, is_best = dict(step=step), False
         swapped = average and (step % eval_interval == 0 or step >= max_steps or stop)
         if swapped:
@@ -1297,11 +1306,11 @@ if __name__ == "__main__":
             check_finite(step, row["perplexity"], "the perplexity of held-out captions")
             if rank == 0:
                 print_evaluation(row, max_steps, evaluation.captions[0])
-            if step > first_step and evaluation.quality() > best:
+            if step > 0 and evaluation.quality() > best:
                 is_best, best, best_evaluation = True, evaluation.quality(), evaluation
-        if rank == 0 and step > first_step and ("CIDEr" in row or stop):
+        if rank == 0 and (is_best or step > first_step and ("CIDEr" in row or stop)):
             save_run(out_dir, dict(
-                model=raw_model.state_dict(), last_weights=average.other if swapped else None,
+                model=raw_model.state_dict(), last_weights=average.swapped_out if swapped else None,
                 step=step, best=best, settings=config, gpt_config=asdict(raw_model.gpt.config),
                 optimizers=[opt.state_dict() for opt in optimizers], width=W,
                 tokenizer=tokenizer_source, **about_encoder(data, metadata)), is_best)

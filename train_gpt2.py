@@ -20,7 +20,8 @@ tokens of FineWeb-Edu. The loss starts at ln 50257 = 10.82, falls below 4 within
 steps, and ends near 3.1, beside OpenAI's GPT-2.
 Data order is a pure function of (seed, step): the global batches are the same for any number of
 processes and after any resume. A run that was stopped in any way (Ctrl-C and SIGTERM save first)
-goes on with init_from=resume, with the settings that it had, and repeats the same loss curve.
+goes on with init_from=resume, with the settings that it had, and repeats the same loss curve. No
+state of a random generator is saved: nothing in a step is random, and samples have their own.
 Writes out_dir/{ckpt.pt, best.pt, log.csv, curves.png, samples.txt}.
 """
 import csv
@@ -55,7 +56,7 @@ from fineweb import (configure, die, download, get_tokenizer, hub, lock_folder, 
                      save_atomically, vocab_and_merges)
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python train_gpt2.py name=value` overrides any of them
+# settings: `python train_gpt2.py name=value` overrides any; rules such as >= 1 are checked
 
 data = "edu_fineweb10B"     # folder of token shards, written by fineweb.py
 out_dir = "out/gpt2"        # folder for checkpoints, log and plot
@@ -988,6 +989,7 @@ def optimizer_step(model, optimizers, lr, grad_clip, step):
     check_finite(step, norm, "the norm of the gradient")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            # some groups of paligemma_prompt.py learn faster than others
             group["lr"] = lr * group.get("scale", 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1555,8 +1557,9 @@ if __name__ == "__main__":
                 if questions:
                     row["acc"], row["acc_norm"] = ask_hellaswag(raw_model, questions, process)
             check_finite(step, row["val_loss"], "the validation loss")
-        if rank == 0 and step > first_step and ("val_loss" in row or stop):
-            is_best = row.get("val_loss", math.inf) < best
+        # also where a resumed run begins: a stop comes before an evaluation
+        is_best = step > 0 and row.get("val_loss", math.inf) < best
+        if rank == 0 and (is_best or step > first_step and ("val_loss" in row or stop)):
             best = min(best, row.get("val_loss", math.inf))
             writer.submit(out_dir, dict(
                 model=raw_model.state_dict(), step=step, best=best, settings=config,
