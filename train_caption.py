@@ -748,7 +748,9 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam, consen
     model.to_process(process).eval()
     drawn, titles, problems = [], [], []
     pictures = read_pictures(names)
-    while batch := list(itertools.islice(pictures, 32)):
+    # of 32 pictures or fewer: at most 256 captions are written at once
+    at_once = max(1, 256 // max(8, num, beam, consensus))
+    while batch := list(itertools.islice(pictures, at_once)):
         problems += [problem for file, problem in batch if file is None]
         batch = [(file, picture) for file, picture in batch if file is not None]
         if not batch:
