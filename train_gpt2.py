@@ -233,6 +233,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 * (2 * config.n_layer) ** -0.5)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
+        self.loss_function = softmax_minus_onehot_  # compile_for_training compiles it
 
     def embed(self, idx, start=0):
         """Token ids (B, T), the first of them at position `start` -> (B, T, C)."""
@@ -265,7 +266,7 @@ class GPT(nn.Module):
             loss_weight = torch.full_like(targets, 1 / len(targets), dtype=torch.float32)
         return FusedLinearCrossEntropy.apply(
             self.transformer.ln_f(x), self.lm_head.weight, targets, loss_weight,
-            self.config.vocab_size, torch.is_grad_enabled())
+            self.config.vocab_size, torch.is_grad_enabled(), self.loss_function)
 
     def forward(self, idx, targets=None, kv_cache=None):
         """idx (B, T) -> logits (B, T, V), or, given targets (B, T), the mean loss in nats."""
@@ -366,51 +367,45 @@ def decode(step, idx, max_new_tokens, temperature=1.0, top_k=None, stop=None, ge
 # ==================================================================================================
 
 
+def softmax_minus_onehot_(z, targets):
+    """Turns logits z (n, V) into softmax(z) - onehot(targets), in place. -> cross-entropies (n,)"""
+    logp = torch.log_softmax(z, 1, dtype=torch.float32)
+    losses = -logp.gather(1, targets[:, None])[:, 0]
+    minus_one = torch.full_like(losses, -1.0)[:, None]
+    z.copy_(logp.exp_().scatter_add_(1, targets[:, None], minus_one))
+    return losses
+
+
 class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x, weight, targets, loss_weight, vocab_size, with_gradients):
+    def forward(ctx, x, weight, targets, loss_weight, vocab_size, with_gradients,
+                softmax_minus_onehot_):
         """
         x (N, C), weight (padded V, C), targets (N,), loss_weight (N,) -> the loss, and the
         cross-entropy of each row (N,) without gradients; both in float32. with_gradients must be
         told: inside this function, torch.is_grad_enabled() is always False.
         """
-        n, dtype = len(x), matmul_dtype(x)
-        chunk = 4096
+        dtype = matmul_dtype(x)
+        rows_at_once = 4096
         if not x.is_cuda:
-            chunk = 512 if with_gradients else 128
-        chunk = min(n, chunk)
+            rows_at_once = 512 if with_gradients else 128
         x, weight_cast = x.to(dtype), weight.to(dtype)
         token_losses = torch.empty_like(targets, dtype=torch.float32)
-        dx = dweight = None
-        if with_gradients:
-            dx = torch.empty_like(x)
-            if weight.requires_grad:
-                dweight = torch.zeros_like(weight)
-        # All chunks are written into the same memory. On a CPU, new memory for each chunk would
-        # take longer to get than the chunk to compute.
-        logits = x.new_empty(chunk, len(weight))
-        probs = logits
-        if dtype != torch.float32:
-            probs = torch.empty_like(logits, dtype=torch.float32)
-        for i in range(0, n, chunk):
-            x_i = x[i:i + chunk]
-            target = targets[i:i + chunk, None]
-            z = torch.mm(x_i, weight_cast.t(), out=logits[:len(x_i)])
+        dx = torch.empty_like(x)
+        dweight = torch.zeros_like(weight) if weight.requires_grad else None
+        for i in range(0, len(x), rows_at_once):
+            rows = slice(i, i + rows_at_once)
+            z = x[rows] @ weight_cast.t()
             z[:, vocab_size:] = -math.inf  # rows of the head that are only padding
-            p = z
-            if probs is not logits:
-                p = probs[:len(x_i)].copy_(z)
-            torch.log_softmax(p, 1, out=p)
-            token_losses[i:i + chunk] = -p.gather(1, target)[:, 0]
-            if with_gradients:
-                # p becomes softmax - onehot, and z the same in the dtype of matmuls
-                p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-                z.copy_(p)
-                w_i = loss_weight[i:i + chunk, None]
-                dx[i:i + chunk] = (z @ weight_cast) * w_i
-                if dweight is not None:
-                    dweight += z.t() @ (x_i * w_i).to(dtype)
+            if not with_gradients:
+                token_losses[rows] = F.cross_entropy(z.float(), targets[rows], reduction="none")
+                continue
+            token_losses[rows] = softmax_minus_onehot_(z, targets[rows])
+            w_i = loss_weight[rows, None]
+            dx[rows] = (z @ weight_cast) * w_i
+            if dweight is not None:
+                dweight += z.t() @ (x[rows] * w_i).to(dtype)
         if with_gradients:
             ctx.save_for_backward(dx, dweight)
         ctx.mark_non_differentiable(token_losses)
@@ -421,7 +416,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         dx, dweight = ctx.saved_tensors
         if dweight is not None:
             dweight = dweight * dloss
-        return dx * dloss, dweight, None, None, None, None
+        return dx * dloss, dweight, None, None, None, None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -854,8 +849,9 @@ def my_sequences(steps, grad_accum_steps, B, process):
 
 # --------------------------------------------------------------------------------------------------
 # torch.compile, for each block by itself: all blocks share one compiled program, which is ready
-# after seconds, where the whole model takes a minute. The loss in chunks stays outside: in one
-# graph, all its chunks would be unrolled, and the logits of all of them kept.
+# after seconds, where the whole model takes a minute. Of the loss, only what happens to the logits
+# of one chunk is compiled: with the loop over the chunks in the graph, it would be unrolled, and
+# the logits of all chunks kept. Compiled, the softmax reads and writes them once instead of thrice.
 
 
 def should_compile(compile, process):
@@ -866,6 +862,12 @@ def should_compile(compile, process):
     if not has_triton() and process.rank == 0:
         print("training is not compiled: this installation or this GPU has no Triton")
     return has_triton()
+
+
+def compile_for_training(model):
+    for block in model.transformer.h:
+        block.compile()
+    model.loss_function = torch.compile(softmax_minus_onehot_, dynamic=False)
 
 
 def uncompiled(compiled):
@@ -1532,8 +1534,7 @@ if __name__ == "__main__":
             "machines share")
     compiled = should_compile(compile, process)
     if compiled:
-        for block in raw_model.transformer.h:
-            block.compile()
+        compile_for_training(raw_model)
     # `model` trains. raw_model has the same weights, and is what evaluates, samples and is saved.
     model = distribute(raw_model, process)
     if rank == 0:
