@@ -394,9 +394,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         token_losses = torch.empty_like(targets, dtype=torch.float32)
         dx = torch.empty_like(x)
         dweight = torch.zeros_like(weight) if weight.requires_grad else None
+        logits = x.new_empty(min(rows_at_once, len(x)), len(weight))  # of all chunks, in turn
         for i in range(0, len(x), rows_at_once):
             rows = slice(i, i + rows_at_once)
-            z = x[rows] @ weight_cast.t()
+            z = torch.mm(x[rows], weight_cast.t(), out=logits[:len(x[rows])])
             z[:, vocab_size:] = -math.inf  # rows of the head that are only padding
             if not with_gradients:
                 token_losses[rows] = F.cross_entropy(z.float(), targets[rows], reduction="none")
