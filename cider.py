@@ -640,7 +640,7 @@ def lex_chunk(chunk):
 # --------------------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    from fineweb import configure, die, save_atomically
+    from fineweb import configure, die, save_json
 
     configure(globals(), positional=("results", "captions"))
     if not (results and captions):
@@ -670,8 +670,7 @@ if __name__ == "__main__":
         for n, (image, candidate) in enumerate(zip(images, candidates)):
             own_scores = {metric: each[n] for metric, each in per_image.items()}
             rows.append(dict(image_id=image["id"], caption=candidate, **own_scores))
-        text = json.dumps(dict(scores=scores, images=rows))
-        save_atomically(out, lambda file: file.write(text.encode()))
+        save_json(out, dict(scores=scores, images=rows))
     print(f"{len(images):,} images, {sum(map(len, references)):,} references\n\n"
           "metric     x100     raw")
     for metric, score in scores.items():

@@ -56,7 +56,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
-from fineweb import configure, die, download, lock_folder, print_settings, save_atomically
+from fineweb import (configure, die, download, lock_folder, print_settings, read_json, reading,
+                     save_json, save_text)
 from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, setup
 from cider import read_captions, tokenize
 
@@ -137,13 +138,6 @@ def warn_overlap(data, split):
               f"{shared[0]}: their scores say nothing about new pictures", flush=True)
 
 
-def save_json(path, content, indent=None):
-    """Writes `content` as json. NaN and infinity, which are not json, raise ValueError."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    text = json.dumps(content, indent=indent, allow_nan=False)
-    save_atomically(path, lambda file: file.write(text.encode()))
-
-
 def open_image(path, otherwise=die):
     """
     The picture in a file, as 8-bit RGB: turned upright, transparent parts over white, 16-bit and
@@ -193,8 +187,7 @@ def read_metadata(path):
     """What is known of a features file; {} if nothing is."""
     if not os.path.exists(metadata_file(path)):
         return {}
-    with open(metadata_file(path), encoding="utf-8") as file:
-        return json.load(file)
+    return read_json(metadata_file(path))
 
 
 def manifest(images):
@@ -205,11 +198,9 @@ def manifest(images):
 
 def open_features(path):
     """A .npy file of features as a memory-mapped array (images, S tokens, W width)."""
-    try:
+    with reading(path, "a whole .npy file"):
         # "c": writable in memory only; torch warns about arrays that it may not write to
         features = np.lib.format.open_memmap(path, mode="c")
-    except (ValueError, OSError, EOFError) as problem:
-        die(f"{path} is not a whole .npy file ({problem}): delete it and encode again")
     if features.ndim != 3 or features.dtype.kind != "f":
         die(f"{path} holds {features.dtype} of shape {features.shape}, but features are floats of "
             "three dimensions: (images, tokens, width)")
@@ -391,19 +382,15 @@ def read_risc(path, pictures=None):
     """
     folder = pictures or folder_beside(path, "resized")
     entries = []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            for number, row in enumerate(rows, 1):
-                # DictReader puts surplus fields under the key None, and None into missing fields
-                if None in row or None in row.values():
-                    die(f"{path}, line {rows.line_num}: it needs {len(rows.fieldnames)} fields, as "
-                        'the header has; a caption with a comma must stand in quotes: "a, b"')
-                captions = [row[f"caption_{k}"] for k in range(1, 6)]
-                picture = os.path.join(folder, row["image"])
-                entries.append((row["split"], number, picture, captions))
-    except (OSError, ValueError, KeyError, csv.Error) as problem:
-        die(f"{path} is not RISC's captions.csv ({type(problem).__name__}: {problem})")
+    with reading(path, "RISC's captions.csv"), open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        for number, row in enumerate(rows, 1):
+            # DictReader puts surplus fields under the key None, and None into missing fields
+            if None in row or None in row.values():
+                die(f"{path}, line {rows.line_num}: it needs {len(rows.fieldnames)} fields, as the "
+                    'header has; a caption with a comma must stand in quotes: "a, b"')
+            captions = [row[f"caption_{k}"] for k in range(1, 6)]
+            entries.append((row["split"], number, os.path.join(folder, row["image"]), captions))
     return entries
 
 
@@ -413,9 +400,8 @@ def read_karpathy(path, pictures=None):
     usual_names = (f"{name.upper()}_images", f"{name}_images", name, "images", "imgs")
     folder = pictures or folder_beside(path, *usual_names)
     entries = []
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            images = json.load(file)["images"]
+    with reading(path, "one of Karpathy's dataset_*.json"):
+        images = read_json(path)["images"]
         # COCO's own ids, if all have one: else they could meet the numbers of the others
         has_ids = all("cocoid" in image for image in images)
         for number, image in enumerate(images, 1):
@@ -423,8 +409,6 @@ def read_karpathy(path, pictures=None):
             captions = [sentence["raw"] for sentence in image["sentences"]]
             image_id = image["cocoid"] if has_ids else number
             entries.append((image["split"], image_id, picture, captions))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        die(f"{path} is not one of Karpathy's dataset_*.json ({type(problem).__name__}: {problem})")
     return entries
 
 
@@ -511,9 +495,10 @@ def convert(entries, data, turned=False, keep=None):
                     os.replace(target + ".tmp", target)
     if turned:
         add_turned(sets["train2017"], files["train2017"], os.path.join(data, "train2017"))
-    text = "".join(" ".join(line.split()) + "\n" for line in lines).encode()
-    save_atomically(os.path.join(data, "train_captions.txt"), lambda file: file.write(text))
+    text = "".join(" ".join(line.split()) + "\n" for line in lines)
+    save_text(os.path.join(data, "train_captions.txt"), text)
     # the captions come last, train and val after test: once they are there, all is there
+    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
     for split in sorted(sets):
         save_json(captions_file(data, split), sets[split])
 
@@ -696,9 +681,9 @@ def draw_shapes(data, n_train, seed, n_objects=None, style=None):
         bar.update()
     bar.close()
     lines = [annotation["caption"] + "\n" for annotation in sets["train2017"]["annotations"]]
-    text = "".join(lines).encode()
-    save_atomically(os.path.join(data, "train_captions.txt"), lambda file: file.write(text))
+    save_text(os.path.join(data, "train_captions.txt"), "".join(lines))
     # the captions come last: once they are there, the pictures are complete
+    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
     for split in SPLITS:
         save_json(captions_file(data, split), sets[split])
 
@@ -1078,8 +1063,7 @@ def remove_images(data, split, ids):
     original = path.removesuffix(".json") + ".all.json"
     if not os.path.exists(original):
         shutil.copyfile(path, original)
-    with open(path, encoding="utf-8-sig") as file:
-        content = json.load(file)
+    content = read_json(path)
     content["images"] = [image for image in content["images"] if image["id"] not in ids]
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in ids]
     save_json(path, content)

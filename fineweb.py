@@ -33,7 +33,7 @@ import sys
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import NamedTuple
 
@@ -234,6 +234,44 @@ def save_atomically(path, write):
             os.remove(path + ".tmp")
 
 
+def save_text(path, text):
+    save_atomically(path, lambda f: f.write(text.encode()))
+
+
+def save_json(path, content, indent=None):
+    """NaN and infinity, which are not json, raise ValueError."""
+    save_text(path, json.dumps(content, indent=indent, allow_nan=False))
+
+
+@contextmanager
+def reading(path, what):
+    """`with reading(path, "a .npy file"):` ends the run with one line if its block fails."""
+    try:
+        yield
+    except Exception as problem:  # the library of each format raises errors of its own
+        die(f"{path} is not {what}, or was cut short ({type(problem).__name__}: {problem})")
+
+
+def read_json(path, what="json"):
+    """The content of a json file, which should be `what`."""
+    with reading(path, what), open(path, encoding="utf-8-sig") as f:
+        return json.load(f)
+
+
+def read_lines(path):
+    """Yields (number, line) of a text file, numbers from 1, without blank lines and line ends."""
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as f:  # -sig: without a byte order mark
+            for number, line in enumerate(f, 1):
+                if "\0" in line:
+                    raise ValueError("a NUL byte")
+                if line := line.strip():
+                    yield number, line
+    except (OSError, ValueError) as problem:
+        die(f"{path} can't be read as UTF-8 text after line {number}: {problem}")
+
+
 LOCKS = {}  # {folder: open file}: a lock lasts until its process ends, however it ends
 
 
@@ -260,21 +298,6 @@ def lock_folder(folder):
     file.write(f"process {os.getpid()} on {platform.node()}: {shlex.join(sys.argv)}\n")
     file.flush()
     LOCKS[folder] = file
-
-
-def read_lines(path):
-    """Yields (number, line) of a text file, numbers from 1, without blank lines and line ends."""
-    number = 0
-    try:
-        with open(path, encoding="utf-8-sig") as f:  # -sig: without a byte order mark
-            for number, line in enumerate(f, 1):
-                if "\0" in line:
-                    raise ValueError("a NUL byte")
-                line = line.strip()
-                if line:
-                    yield number, line
-    except (OSError, ValueError) as problem:
-        die(f"{path} can't be read as UTF-8 text after line {number}: {problem}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,7 +362,10 @@ def download(url, path, tries=8):
         pause = 2**attempt
         try:
             fetch(url, part)
-            break
+            if path.endswith(".json"):
+                read_json(part, f"the json that {url} should be")
+            os.replace(part, path)
+            return path
         except requests.HTTPError as problem:
             response = problem.response
             status = response.status_code
@@ -356,20 +382,11 @@ def download(url, path, tries=8):
             what = f"no answer ({type(problem).__name__})"
         except OSError as problem:  # a malformed address, or a full disk
             die(f"{url} can't be fetched into {part}: {problem}")
-        if attempt == tries - 1:
-            die(f"could not download {url}: {what}, {tries} times. Run the same command again to "
-                f"continue, or put the file at {path} yourself")
-        print(f"{what}; trying again in {pause} s ({url})", flush=True)
-        time.sleep(pause)
-    if path.endswith(".json"):
-        try:
-            with open(part, encoding="utf-8") as f:
-                json.load(f)
-        except ValueError:
-            os.remove(part)
-            die(f"{url}: what came is not json")
-    os.replace(part, path)
-    return path
+        if attempt < tries - 1:
+            print(f"{what}; trying again in {pause} s ({url})", flush=True)
+            time.sleep(pause)
+    die(f"could not download {url}: {what}, {tries} times. Run the same command again to continue, "
+        f"or put the file at {path} yourself")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -483,9 +500,8 @@ def read_vocab(folder):
     text of a .tiktoken file, or "gpt2" if it is GPT-2's. Ends the run if it is of another kind.
     """
     bytes_of = {letter: b for b, letter in bytes_to_unicode().items()}
-    try:
-        with open(os.path.join(folder, "vocab.json"), encoding="utf-8") as f:
-            vocab = json.load(f)
+    with reading(folder, "a folder with a vocabulary of GPT-2's kind"):
+        vocab = read_json(os.path.join(folder, "vocab.json"))
         with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
             merges = f.read().split("\n")[1:]  # without "#version: 0.2"
         merged = [pair.replace(" ", "") for pair in merges if pair]
@@ -494,8 +510,6 @@ def read_vocab(folder):
             raise ValueError(f"ids must be 256 bytes, merges in the order of merges.txt, {EOT}")
         spelled = enumerate(tokens[:-1])
         ranks = {bytes(bytes_of[letter] for letter in token): id for id, token in spelled}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as problem:
-        die(f"{folder} has no vocabulary of GPT-2's kind ({type(problem).__name__}: {problem})")
     return tokenizer_text(ranks)
 
 
@@ -511,10 +525,8 @@ def text_files(pattern):
         wanted = glob.escape(part) if os.path.exists(part) else part
         if os.path.isdir(part):
             wanted = os.path.join(wanted, "**")
-        found = []
-        for path in sorted(glob.glob(wanted, recursive=True)):
-            if path.endswith((".txt", ".jsonl", ".parquet")) and os.path.isfile(path):
-                found.append(path)
+        found = [path for path in sorted(glob.glob(wanted, recursive=True))
+                 if path.endswith((".txt", ".jsonl", ".parquet")) and os.path.isfile(path)]
         if not found:
             die(f"text={part}: no .txt, .jsonl or .parquet file there")
         paths += found
@@ -526,8 +538,7 @@ def fineweb_files():
     repo = "datasets/HuggingFaceFW/fineweb-edu"
     folder = os.path.join(data, "parquet")
     listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT", f"{folder}/files.json")
-    with open(listing, encoding="utf-8") as f:
-        names = sorted(entry["path"] for entry in json.load(f))
+    names = sorted(entry["path"] for entry in read_json(listing))
     for name in names:
         if name.endswith(".parquet"):
             path = os.path.join(folder, os.path.basename(name))
@@ -550,17 +561,12 @@ def read_parquet(path):
     """Yields (row number, the value in column text)."""
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            die(f'{path} has no column "text"')
-        number = 0
-        for batch in file.iter_batches(1024, columns=["text"]):
+    number = 0
+    with reading(path, 'a .parquet file with a column "text"'):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024, columns=["text"]):
             for text in batch.column("text").to_pylist():
                 number += 1
                 yield number, text
-    except (pyarrow.ArrowException, OSError, ValueError) as problem:
-        die(f"{path} is not a whole .parquet file ({str(problem).splitlines()[0]})")
 
 
 def read_documents(paths):
@@ -674,11 +680,7 @@ def read_progress(path, run):
                 die(f"{folder} holds {name}, and no progress.json that says whose it is: "
                     "take another data=, or move it away")
         return run | dict(shards=0, documents=0, offset=0, tokens=0)
-    try:
-        with open(path, encoding="utf-8") as f:
-            progress = json.load(f)
-    except ValueError:
-        die(f"{path} is damaged: delete {folder}, or take another data=")
+    progress = read_json(path, f"a progress.json (delete {folder}, or take another data=)")
     # progress.json of earlier versions has no list of files
     changed = [name for name in run if progress.get(name, run[name]) != run[name]]
     if changed:
@@ -725,10 +727,6 @@ if __name__ == "__main__":
     print(f"tokenizer: {tokenizer}, {encoding.n_vocab:,} tokens")
 
     # after a kill, what progress.json does not count is written again
-    def save_progress():
-        content = json.dumps(progress, indent=1).encode()
-        save_atomically(progress_file, lambda f: f.write(content))
-
     start = time.time()
     tokens_at_start = progress["tokens"]
     documents = tokenize_files(paths, encoding, progress["documents"])
@@ -738,15 +736,15 @@ if __name__ == "__main__":
             die(f"the text has {len(shard):,} tokens, and the first val_tokens={val_tokens:,} are "
                 "the validation set: nothing is left to train on, lower val_tokens=")
         if number == 0:
-            save_progress()
+            save_json(progress_file, progress, indent=1)
             if source != "gpt2":
-                save_atomically(tokenizer_file, lambda f: f.write(source.encode()))
+                save_text(tokenizer_file, source)
         split = "train" if number else "val"
         path = os.path.join(data, f"edufineweb_{split}_{number:06d}.npy")
         save_atomically(path, lambda f: np.save(f, shard))
         total = progress["tokens"] + len(shard)
         progress |= position | dict(shards=number + 1, tokens=total, done=is_last)
-        save_progress()
+        save_json(progress_file, progress, indent=1)
         speed = (total - tokens_at_start) / (time.time() - start) / 1e6
         print(f"shard {number} ({split}): {len(shard):,} tokens | {total:,} tokens so far | "
               f"{speed:.2f}M tokens/s", flush=True)

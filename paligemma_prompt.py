@@ -67,13 +67,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageOps
 from torch.utils.checkpoint import checkpoint
 
-from fineweb import configure, die, download, hub, lock_folder, print_settings, save_atomically
-from train_gpt2 import (KVCache, Log, beam_search, check_finite, curve, decode, get_lr,
-                        load_checkpoint, make_optimizers, optimizer_step, peak_memory, plot, pyplot,
-                        read_log, resume_optimizers, save_checkpoint, setup, start_wandb,
-                        stop_signals, warn_changed)
+from fineweb import (configure, die, download, hub, lock_folder, print_settings, read_json, reading,
+                     save_atomically, save_json)
+from train_gpt2 import (KVCache, Log, beam_search, check_finite, check_shapes, curve, decode,
+                        get_lr, load_checkpoint, make_optimizers, optimizer_step, peak_memory, plot,
+                        print_step, pyplot, read_log, resume_optimizers, safetensors_files,
+                        save_checkpoint, setup, start_wandb, stop_signals, warn_changed)
 from cider import evaluate as score
-from coco import draw_shapes, load_captions, open_image, save_json, splits_of
+from coco import draw_shapes, load_captions, open_image, splits_of
 from train_caption import (TokenizedCaptions, caption_split, draw_captions, perplexity,
                            read_features, run_script, save_captions, to_text, training_batch)
 
@@ -362,11 +363,9 @@ class PaliGemma(nn.Module):
         if siglip:
             wanted = {key: shape for key, shape in wanted.items() if "projector" not in key}
         check_shapes(f"{siglip} and {name}" if siglip else name, wanted, shapes)
-        try:
+        with reading(name, "a whole checkpoint"):
             for key, tensor in stream():
                 put(model, key, tensor.to(device, dtype, copy=True))
-        except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
-            die(f"{name} is damaged ({problem}): get it anew")
         if siglip:
             add_projector(model, device)
         return model
@@ -387,17 +386,6 @@ def add_projector(model, device):
 def put(module, key, tensor, train=False):
     parent, _, leaf = key.rpartition(".")
     setattr(module.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=train))
-
-
-def check_shapes(path, own, given):
-    """Ends the run unless the tensors that a file gives, {name: shape}, are those of `own`."""
-    wrong = [f"{key} is missing" for key in own if key not in given]
-    wrong += [f"{key} is unknown" for key in given if key not in own]
-    for key in own:
-        if key in given and tuple(own[key]) != tuple(given[key]):
-            wrong.append(f"{key} is {tuple(given[key])} instead of {tuple(own[key])}")
-    if wrong:
-        die(f"{path}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,22 +412,16 @@ def open_model(name, siglip=None):
                     yield key, tensor
 
     text, vision = parts[0][-1], parts[-1][-1]
-    try:
+    with reading(f"{name}: its config.json", "one of a PaliGemma"):
         c = read_config(name, shapes, text.get("text_config", text),
                         vision.get("vision_config", vision))
-    except (TypeError, ValueError, ArithmeticError, AssertionError) as problem:
-        die(f"{name}: its config.json is not one of a PaliGemma ({problem})")
     return c, shapes, stream
 
 
 def open_checkpoint(name):
     path = locate(name)
-    try:
+    with reading(name, "a whole checkpoint, safetensors with config.json or big_vision's .npz"):
         return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-    except (OSError, ValueError, LookupError, AssertionError, RuntimeError,
-            safetensors.SafetensorError, zipfile.BadZipFile) as problem:
-        die(f"{name} is not a whole checkpoint, safetensors with a config.json or big_vision's "
-            f".npz ({type(problem).__name__}: {problem})")
 
 
 def locate(name):
@@ -455,8 +437,7 @@ def locate(name):
           "HF_TOKEN to a token of yours", flush=True)
     tree = download(f"{hub()}/api/models/{repo}/tree/{revision}",
                     os.path.join(folder, "files.json"))
-    with open(tree, encoding="utf-8") as f:
-        files = [entry["path"] for entry in json.load(f)]
+    files = [entry["path"] for entry in read_json(tree)]
     wanted = re.compile(r"config\.json|tokenizer\.model|"
                         r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     for file in filter(wanted.fullmatch, files):
@@ -469,16 +450,9 @@ def open_safetensors(path):
     A folder in Hugging Face's layout, one file or shards, or a single file with its config.json
     beside it.
     """
-    folder, files = os.path.dirname(path), [path]
-    if os.path.isdir(path):
-        folder, names = path, ["model.safetensors"]
-        index = os.path.join(path, "model.safetensors.index.json")
-        if os.path.exists(index):
-            with open(index, encoding="utf-8") as f:
-                names = set(json.load(f)["weight_map"].values())
-        files = [os.path.join(path, name) for name in names]
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     where, shapes = {}, {}
-    for file in files:
+    for file in safetensors_files(path):
         with safetensors.safe_open(file, "pt") as f:
             metadata = f.metadata()
             for key in f.keys():
@@ -503,8 +477,7 @@ def open_safetensors(path):
     config = json.loads((metadata or {}).get("config", "{}"))
     config_file = os.path.join(folder, "config.json")
     if os.path.exists(config_file):
-        with open(config_file, encoding="utf-8") as f:
-            config = json.load(f)
+        config = read_json(config_file)
     # the head is the embedding table once more; some libraries save only one of the two
     head, table = "lm_head.weight", "language_model.embed_tokens.weight"
     if head in shapes:
@@ -867,13 +840,10 @@ def save_adapter(path, tensors, settings, c):
 
 def load_adapter(path):
     """-> what was trained, {name: tensor}, and the settings that it was trained with."""
-    try:
+    with reading(path, "an adapter of paligemma_prompt.py"):
         with safetensors.safe_open(path, "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}
             settings = json.loads(f.metadata()["settings"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as problem:
-        die(f"{path} is not an adapter of paligemma_prompt.py ({type(problem).__name__}: "
-            f"{problem})")
     # adapters of former versions
     return tensors, {RENAMED.get(key, key): value for key, value in settings.items()}
 
@@ -902,11 +872,8 @@ class Tokenizer:
     def __init__(self, file):
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        with reading(file, "a SentencePiece model (the checkpoint's tokenizer.model)"):
             pieces = SentencePieceProcessor(model_file=file)
-        except (OSError, RuntimeError) as problem:
-            die(f"{file} is not a SentencePiece model ({problem}): put the checkpoint's "
-                "tokenizer.model there, or say tokenizer=")
         self.encode = pieces.encode                 # of a text
         self.encode_ordinary_batch = pieces.encode  # of a list of texts
         self.decode = pieces.decode
@@ -1065,8 +1032,7 @@ def draw_comparison(path, rows):
 
 def check_same_settings(run_dir, settings):
     """Ends the run if a finished run was made with other settings than this comparison's."""
-    with open(f"{run_dir}/results.json", encoding="utf-8") as f:
-        made_with = json.load(f)["settings"]
+    made_with = read_json(f"{run_dir}/results.json")["settings"]
     compared = settings.keys() & made_with.keys() - {"init_from", "out_dir", "device"}
     changed = [k for k in settings if k in compared and made_with[k] != settings[k]]
     if changed:
@@ -1091,8 +1057,8 @@ def compare_methods(config, folder):
                 settings["init_from"] = "resume"
             words = [f"{k}={v}" for k, v in settings.items() if v is not None]
             run_script("paligemma_prompt.py", *words)
-        with open(f"{run_dir}/results.json", encoding="utf-8") as f:
-            rows.append(json.load(f) | dict(way=method, log=f"{run_dir}/log.csv"))
+        rows.append(read_json(f"{run_dir}/results.json")
+                    | dict(way=method, log=f"{run_dir}/log.csv"))
         log = read_log(f"{run_dir}/log.csv")
         losses[method], perplexities[method] = curve(log, "loss"), curve(log, "perplexity")
     save_json(f"{folder}/results.json", rows, indent=1)
@@ -1302,11 +1268,6 @@ def save(config, method, trained, optimizers, step, tokenizer_file, c):
         settings=config))
 
 
-def print_step(row, n_steps, seconds_left):
-    print(f"step {row['step']:5d}/{n_steps} | loss {row['loss']:.4f} | norm {row['norm']:.2f} | "
-          f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {seconds_left / 60:.1f} min left", flush=True)
-
-
 def draw_results(out_dir, files, captions, references, rows):
     plot(os.path.join(out_dir, "curves.png"),
          {"loss (nats a token)": {"train": curve(rows, "loss")},
@@ -1451,8 +1412,7 @@ if __name__ == "__main__":
         row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=1000 * (time.time() - t1))
         log.add(**row)
         if step % log_interval == 0 or step == n_steps - 1:
-            seconds_left = (time.time() - t0) / (step + 1 - first_step) * (n_steps - step - 1)
-            print_step(row, n_steps, seconds_left)
+            print_step(row, n_steps, first_step, t0)
         step += 1
     if asked_to_stop:
         print(f"stopped at step {step}; go on with out_dir={out_dir} init_from=resume")

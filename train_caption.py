@@ -34,7 +34,6 @@ drawn scenes: with the most captions that are right in every word).
 import functools
 import glob
 import itertools
-import json
 import math
 import os
 import re
@@ -55,15 +54,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from fineweb import configure, die, download, get_tokenizer, lock_folder, print_settings
+from fineweb import (configure, die, download, get_tokenizer, lock_folder, print_settings,
+                     read_json, save_json)
 from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_search,
                         check_finite, curve, decode, distribute, finish, get_lr, load_checkpoint,
                         load_model, load_weights, local_main_process_first, make_optimizers,
-                        optimizer_step, plot, pyplot, read_log, resume_optimizers, save_run, setup,
-                        start_wandb, stop_signals, wait_for_all, warn_changed)
+                        optimizer_step, plot, print_step, pyplot, read_log, resume_optimizers,
+                        save_run, setup, start_wandb, stop_signals, wait_for_all, warn_changed)
 from cider import cider_of_tokens, document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
-                  open_image, save_json, splits_of, warn_overlap)
+                  open_image, splits_of, warn_overlap)
 
 # --------------------------------------------------------------------------------------------------
 # settings: `python train_caption.py name=value` overrides any; rules such as >= 1 are checked
@@ -866,8 +866,7 @@ def compare_variants(folder, chosen, split):
             resume = ["init_from=resume"] if begun else []
             run_script("train_caption.py", *words, f"fusion={fusion}", f"every={every}",
                        f"out_dir={run_dir}", *resume)
-        with open(f"{run_dir}/results.json") as f:
-            rows.append(json.load(f))
+        rows.append(read_json(f"{run_dir}/results.json"))
         for column in curves:
             steps, values = curve(read_log(f"{run_dir}/log.csv"), column)
             captions = [step * rows[-1]["settings"]["batch_size"] for step in steps]
@@ -1171,13 +1170,6 @@ def print_evaluation(row, max_steps, caption):
           f"CIDEr {100 * row['CIDEr']:.1f} | \"{caption}\"", flush=True)
 
 
-def print_step(row, max_steps, batch_size, scst, seconds_left):
-    aim = f"CIDEr of samples {100 * row['reward']:.1f}" if scst else f"loss {row['loss']:.4f}"
-    print(f"step {row['step']:5d}/{max_steps} | {aim} | norm {row['norm']:.2f} | "
-          f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {1000 * batch_size / row['ms']:,.0f} images/s"
-          f" | {seconds_left / 60:.1f} min left", flush=True)
-
-
 def print_results(folder, results, candidates, references):
     """The last lines of a run: some captions, all scores, and what to look at."""
     print("\ncaptions of pictures it was not trained on, and what a person wrote:")
@@ -1346,8 +1338,9 @@ if __name__ == "__main__":
                         ms=(time.time() - t1) * 1000, **read_gates(raw_model))
             log.add(**row)
             if step % log_interval == 0 or step == max_steps - 1:
-                seconds_left = (time.time() - t0) / (step + 1 - first_step) * (max_steps - step - 1)
-                print_step(row, max_steps, batch_size, scst, seconds_left)
+                print_step(row, max_steps, first_step, t0,
+                           f"CIDEr of samples {100 * reward:.1f}" if scst else None,
+                           f"{1000 * batch_size / row['ms']:,.0f} images/s | ")
         step += 1
 
     if stop:

@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_map_only
 import fineweb
 import hellaswag
 from fineweb import (configure, die, download, get_tokenizer, hub, lock_folder, print_settings,
-                     save_atomically, vocab_and_merges)
+                     read_json, reading, save_atomically, save_text, vocab_and_merges)
 
 # --------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any; rules such as >= 1 are checked
@@ -233,7 +233,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 * (2 * config.n_layer) ** -0.5)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-        self.loss_function = softmax_minus_onehot_  # compile_for_training compiles it
+        self.compiled_loss = None  # see compile_for_training
 
     def embed(self, idx, start=0):
         """Token ids (B, T), the first of them at position `start` -> (B, T, C)."""
@@ -266,7 +266,7 @@ class GPT(nn.Module):
             loss_weight = torch.full_like(targets, 1 / len(targets), dtype=torch.float32)
         return FusedLinearCrossEntropy.apply(
             self.transformer.ln_f(x), self.lm_head.weight, targets, loss_weight,
-            self.config.vocab_size, torch.is_grad_enabled(), self.loss_function)
+            self.config.vocab_size, torch.is_grad_enabled(), self.compiled_loss)
 
     def forward(self, idx, targets=None, kv_cache=None):
         """idx (B, T) -> logits (B, T, V), or, given targets (B, T), the mean loss in nats."""
@@ -380,7 +380,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, loss_weight, vocab_size, with_gradients,
-                softmax_minus_onehot_):
+                compiled_loss=None):
         """
         x (N, C), weight (padded V, C), targets (N,), loss_weight (N,) -> the loss, and the
         cross-entropy of each row (N,) without gradients; both in float32. with_gradients must be
@@ -402,7 +402,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if not with_gradients:
                 token_losses[rows] = F.cross_entropy(z.float(), targets[rows], reduction="none")
                 continue
-            token_losses[rows] = softmax_minus_onehot_(z, targets[rows])
+            token_losses[rows] = (compiled_loss or softmax_minus_onehot_)(z, targets[rows])
             w_i = loss_weight[rows, None]
             dx[rows] = (z @ weight_cast) * w_i
             if dweight is not None:
@@ -496,9 +496,19 @@ GPT2_VALUES = dict(
     scale_attn_by_inverse_layer_idx=[False])
 
 
+def safetensors_files(path):
+    """The files of a model: `path` itself, or those in the folder, where an index lists several."""
+    if not os.path.isdir(path):
+        return [path]
+    names = ["model.safetensors"]
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(index) and not os.path.exists(os.path.join(path, *names)):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    return [os.path.join(path, name) for name in names]
+
+
 def read_hugging_face(name):
     """A GPT-2 on the hub, in a folder or in a file -> GPTConfig's arguments, weights, tokenizer."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not os.path.exists(name):
@@ -508,28 +518,16 @@ def read_hugging_face(name):
         name = os.path.join("pretrained", name)
         for file in ("config.json", "model.safetensors"):
             download(f"{url}/{file}", os.path.join(name, file))
-    folder, files = os.path.dirname(name), [name]
-    if os.path.isdir(name):
-        folder, files = name, [os.path.join(name, "model.safetensors")]
-    index = os.path.join(folder, "model.safetensors.index.json")
-    try:
-        # large models are cut into several files, which the index lists
-        if os.path.isdir(name) and not os.path.exists(files[0]) and os.path.exists(index):
-            with open(index, encoding="utf-8") as f:
-                parts = sorted(set(json.load(f)["weight_map"].values()))
-            files = [os.path.join(folder, part) for part in parts]
-        with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-            theirs = json.load(f)
+    folder = name if os.path.isdir(name) else os.path.dirname(name)
+    with reading(name, "with its config.json a GPT-2 in Hugging Face's layout"):
+        theirs = read_json(os.path.join(folder, "config.json"))
         config = {key: theirs[key] for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
         config["block_size"] = theirs["n_positions"]
         weights = {}
-        for file in files:
+        for file in safetensors_files(name):
             for key, w in load_file(file).items():
                 weights[key.removeprefix("transformer.")] = w
         wte = weights["wte.weight"]
-    except (OSError, LookupError, ValueError, TypeError, SafetensorError) as problem:
-        die(f"{name} with its config.json is not a GPT-2 in Hugging Face's layout "
-            f"({type(problem).__name__}: {problem})")
     for key, accepted in GPT2_VALUES.items():
         if theirs.get(key, accepted[0]) not in accepted:
             die(f"{name} is not a GPT-2: its config.json says {key}={theirs[key]}, GPT-2 has "
@@ -577,17 +575,21 @@ def write_hugging_face(model, folder, encoding=None):
         save_atomically(os.path.join(folder, name), lambda f: f.write(content))
 
 
+def check_shapes(path, own, given):
+    """Ends the run unless the tensors that a file gives, {name: shape}, are those of `own`."""
+    wrong = [f"{key} is missing" for key in own if key not in given]
+    wrong += [f"{key} is unknown" for key in given if key not in own]
+    for key in own:
+        if key in given and tuple(own[key]) != tuple(given[key]):
+            wrong.append(f"{key} is {tuple(given[key])} instead of {tuple(own[key])}")
+    if wrong:
+        die(f"{path} is of another shape, {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+
+
 def load_weights(model, state, path):
     """load_state_dict; ends the run with one line if a tensor is missing or has another shape."""
-    own = {key: tuple(w.shape) for key, w in model.state_dict().items()}
-    given = {key: tuple(w.shape) for key, w in state.items()}
-    wrong = []
-    for key in own | given:
-        if own.get(key) != given.get(key):
-            wrong.append(f"{key}: {given.get(key, 'absent')}, not {own.get(key, 'wanted')}")
-    if wrong:
-        die(f"{path} is of another shape than this model, {len(wrong)} of {len(own)} tensors, "
-            f"such as {wrong[0]}")
+    check_shapes(path, {key: w.shape for key, w in model.state_dict().items()},
+                 {key: w.shape for key, w in state.items()})
     model.load_state_dict(state)
 
 
@@ -627,10 +629,8 @@ def open_shard(path):
             die(f"{path} is not a .bin shard of GPT-2 tokens, which begins with 20240520 and 1, or "
                 "was cut short: copy or write it again")
         return np.memmap(path, np.uint16, "r", 1024, n)
-    try:
+    with reading(path, "a whole .npy file"):
         shard = np.load(path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as problem:
-        die(f"{path} is not a whole .npy file ({problem}): write it again")
     if shard.ndim != 1 or shard.dtype != np.uint16:
         die(f"{path} holds {shard.dtype} of shape {shard.shape}; a shard is one row of uint16")
     return shard
@@ -868,7 +868,7 @@ def should_compile(compile, process):
 def compile_for_training(model):
     for block in model.transformer.h:
         block.compile()
-    model.loss_function = torch.compile(softmax_minus_onehot_, dynamic=False)
+    model.compiled_loss = torch.compile(softmax_minus_onehot_, dynamic=False)
 
 
 def uncompiled(compiled):
@@ -1095,10 +1095,8 @@ def load_checkpoint(path, mmap=None):
     """
     if not os.path.exists(path):
         die(f"no checkpoint at {path}")
-    try:
+    with reading(path, "a checkpoint"):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as problem:  # zip, pickle and torch each have their own way to say it
-        die(f"{path} is not a checkpoint, or was cut short ({type(problem).__name__})")
 
 
 def warn_changed(settings, checkpoint, names):
@@ -1127,7 +1125,7 @@ class Log:
         text = io.StringIO(newline="")
         self.writer(text).writeheader()
         self.writer(text).writerows(self.rows)
-        save_atomically(path, lambda f: f.write(text.getvalue().encode()))
+        save_text(path, text.getvalue())
 
     def writer(self, file):
         return csv.DictWriter(file, self.columns, extrasaction="ignore")
@@ -1149,16 +1147,12 @@ def read_log(path):
     if not os.path.exists(path):
         return []
     rows = []
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with reading(path, "a log"), open(path, newline="", encoding="utf-8-sig") as f:
         for texts in csv.DictReader(f):
             # a killed process may leave half a line
-            if None in texts.values():
-                continue
-            try:
+            if None not in texts.values():
                 row = {k: float(text) if text else None for k, text in texts.items()}
                 rows.append(row | {"step": int(texts["step"])})
-            except (ValueError, KeyError, TypeError):
-                die(f"{path} was changed: {texts} is no line of a log. Take the file away")
     return rows
 
 
@@ -1412,12 +1406,16 @@ def print_validation(row, max_steps):
           flush=True)
 
 
-def print_step(row, max_steps, speed, used, seconds_left):
-    """The line of a step: loss, norm of the gradient, learning rate, time, tokens a second."""
-    print(f"step {row['step']:5d}/{max_steps} | loss {row['loss']:.4f} | norm {row['norm']:.2f} | "
-          f"lr {row['lr']:.2e} | {row['ms']:.0f} ms | {speed:,.0f} tok/s | "
-          + (f"MFU {used:.1%} | " if used > 0 else "") + f"{seconds_left / 60:.1f} min left",
-          flush=True)
+def print_step(row, max_steps, first_step, started, aim=None, speed=""):
+    """
+    The line of a step, with the time that is left: the run began at `started` with first_step.
+    aim: what is trained for, if it is not the loss; speed: in whatever unit.
+    """
+    step = row["step"]
+    minutes = (time.time() - started) / 60 / (step + 1 - first_step) * (max_steps - step - 1)
+    aim = aim or f"loss {row['loss']:.4f}"
+    print(f"step {step:5d}/{max_steps} | {aim} | norm {row['norm']:.2f} | lr {row['lr']:.2e} | "
+          f"{row['ms']:.0f} ms | {speed}{minutes:.1f} min left", flush=True)
 
 
 def starting_point(init_from, out_dir, training, rank):
@@ -1586,10 +1584,10 @@ if __name__ == "__main__":
             row |= dict(loss=loss, lr=lr, norm=norm, ms=ms)
             log.add(**row)
             if step % log_interval == 0 or step == max_steps - 1:
-                seconds_a_step = (time.time() - t_start) / (step + 1 - first_step)
                 speed = total_batch_size / ms * 1000
-                print_step(row, max_steps, speed, mfu(raw_model, T, speed, world_size),
-                           seconds_a_step * (max_steps - step - 1))
+                used = mfu(raw_model, T, speed, world_size)
+                print_step(row, max_steps, first_step, t_start, speed=f"{speed:,.0f} tok/s | "
+                           + f"MFU {used:.1%} | " * (used > 0))
             if step == first_step:
                 print(f"memory after the first step: {peak_memory(device) / 1e9:.2f} GB at most")
         step += 1
