@@ -2806,10 +2806,10 @@ def test_coco_is_downloaded_verified_and_goes_on(mirror, drawn, tmp_path, monkey
         data.glob("*.zip*")
     )
     # a damaged zip, one that lacks a picture, and a full disk
-    for name in (b"is not a progress.json", b"short"):
+    for name in (b"damaged", b"short"):
         picture = drawn / "val2017/000001.jpg"
         content = (tmp_path / "site/zips/val2017.zip").read_bytes()
-        if name == b"is not a progress.json":
+        if name == b"damaged":
             (tmp_path / "site/zips/val2017.zip").write_bytes(
                 content.replace(picture.read_bytes()[-200:], bytes(200))
             )
@@ -2822,7 +2822,7 @@ def test_coco_is_downloaded_verified_and_goes_on(mirror, drawn, tmp_path, monkey
         with pytest.raises(SystemExit):
             coco.download_coco(str(other))
         assert (
-            "is damaged" if name == b"is not a progress.json" else "lacks 5 of the pictures"
+            "is damaged" if name == b"damaged" else "lacks 5 of the pictures"
         ) in capsys.readouterr().err
         assert len(os.listdir(other / "train2017")) == 120
         (tmp_path / "site/zips/val2017.zip").write_bytes(content)
