@@ -363,9 +363,11 @@ class PaliGemma(nn.Module):
         if siglip:
             wanted = {key: shape for key, shape in wanted.items() if "projector" not in key}
         check_shapes(f"{siglip} and {name}" if siglip else name, wanted, shapes)
-        with reading(name, "a whole checkpoint"):
+        try:
             for key, tensor in stream():
                 put(model, key, tensor.to(device, dtype, copy=True))
+        except (OSError, zipfile.BadZipFile, safetensors.SafetensorError) as problem:
+            die(f"{name} is damaged ({problem}): get it anew")
         if siglip:
             add_projector(model, device)
         return model

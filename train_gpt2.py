@@ -852,7 +852,7 @@ def my_sequences(steps, grad_accum_steps, B, process):
 # torch.compile, for each block by itself: all blocks share one compiled program, which is ready
 # after seconds, where the whole model takes a minute. Of the loss, only what happens to the logits
 # of one chunk is compiled: with the loop over the chunks in the graph, it would be unrolled, and
-# the logits of all chunks kept. Compiled, the softmax reads and writes them once instead of thrice.
+# the logits of all chunks kept.
 
 
 def should_compile(compile, process):
