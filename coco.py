@@ -198,7 +198,7 @@ def manifest(images):
 
 def open_features(path):
     """A .npy file of features as a memory-mapped array (images, S tokens, W width)."""
-    with reading(path, "a whole .npy file"):
+    with reading(path, "a whole .npy file", "delete it and encode again"):
         # "c": writable in memory only; torch warns about arrays that it may not write to
         features = np.lib.format.open_memmap(path, mode="c")
     if features.ndim != 3 or features.dtype.kind != "f":

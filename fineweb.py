@@ -30,6 +30,7 @@ import platform
 import re
 import shlex
 import sys
+import textwrap
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -244,17 +245,22 @@ def save_json(path, content, indent=None):
 
 
 @contextmanager
-def reading(path, what):
-    """`with reading(path, "a .npy file"):` ends the run with one line if its block fails."""
+def reading(path, what, mend=""):
+    """
+    `with reading(path, "a .npy file", "write it again"):` ends the run with one line, which says
+    what the file should be and how to mend it, if the block fails.
+    """
     try:
         yield
     except Exception as problem:  # the library of each format raises errors of its own
-        die(f"{path} is not {what}, or was cut short ({type(problem).__name__}: {problem})")
+        # the messages of some have many lines
+        why = textwrap.shorten(f"{type(problem).__name__}: {problem}", 200)
+        die(f"{path} is not {what}, or was cut short ({why})" + (mend and f": {mend}"))
 
 
-def read_json(path, what="json"):
+def read_json(path, what="json", mend=""):
     """The content of a json file, which should be `what`."""
-    with reading(path, what), open(path, encoding="utf-8-sig") as f:
+    with reading(path, what, mend), open(path, encoding="utf-8-sig") as f:
         return json.load(f)
 
 
@@ -362,10 +368,7 @@ def download(url, path, tries=8):
         pause = 2**attempt
         try:
             fetch(url, part)
-            if path.endswith(".json"):
-                read_json(part, f"the json that {url} should be")
-            os.replace(part, path)
-            return path
+            break
         except requests.HTTPError as problem:
             response = problem.response
             status = response.status_code
@@ -382,11 +385,20 @@ def download(url, path, tries=8):
             what = f"no answer ({type(problem).__name__})"
         except OSError as problem:  # a malformed address, or a full disk
             die(f"{url} can't be fetched into {part}: {problem}")
-        if attempt < tries - 1:
-            print(f"{what}; trying again in {pause} s ({url})", flush=True)
-            time.sleep(pause)
-    die(f"could not download {url}: {what}, {tries} times. Run the same command again to continue, "
-        f"or put the file at {path} yourself")
+        if attempt == tries - 1:
+            die(f"could not download {url}: {what}, {tries} times. Run the same command again to "
+                f"continue, or put the file at {path} yourself")
+        print(f"{what}; trying again in {pause} s ({url})", flush=True)
+        time.sleep(pause)
+    if path.endswith(".json"):
+        try:
+            with open(part, encoding="utf-8") as f:
+                json.load(f)
+        except ValueError:
+            os.remove(part)  # the next try must not go on from it
+            die(f"{url}: what came is not json")
+    os.replace(part, path)
+    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -680,7 +692,7 @@ def read_progress(path, run):
                 die(f"{folder} holds {name}, and no progress.json that says whose it is: "
                     "take another data=, or move it away")
         return run | dict(shards=0, documents=0, offset=0, tokens=0)
-    progress = read_json(path, f"a progress.json (delete {folder}, or take another data=)")
+    progress = read_json(path, "a progress.json", f"delete {folder}, or take another data=")
     # progress.json of earlier versions has no list of files
     changed = [name for name in run if progress.get(name, run[name]) != run[name]]
     if changed:

@@ -1339,7 +1339,6 @@ if __name__ == "__main__":
             log.add(**row)
             if step % log_interval == 0 or step == max_steps - 1:
                 print_step(row, max_steps, first_step, t0,
-                           f"CIDEr of samples {100 * reward:.1f}" if scst else None,
                            f"{1000 * batch_size / row['ms']:,.0f} images/s | ")
         step += 1
 

@@ -392,8 +392,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             rows_at_once = 512 if with_gradients else 128
         x, weight_cast = x.to(dtype), weight.to(dtype)
         token_losses = torch.empty_like(targets, dtype=torch.float32)
-        dx = torch.empty_like(x)
-        dweight = torch.zeros_like(weight) if weight.requires_grad else None
+        dx = dweight = None
+        if with_gradients:
+            dx = torch.empty_like(x)
+            dweight = torch.zeros_like(weight) if weight.requires_grad else None
         logits = x.new_empty(min(rows_at_once, len(x)), len(weight))  # of all chunks, in turn
         for i in range(0, len(x), rows_at_once):
             rows = slice(i, i + rows_at_once)
@@ -629,7 +631,7 @@ def open_shard(path):
             die(f"{path} is not a .bin shard of GPT-2 tokens, which begins with 20240520 and 1, or "
                 "was cut short: copy or write it again")
         return np.memmap(path, np.uint16, "r", 1024, n)
-    with reading(path, "a whole .npy file"):
+    with reading(path, "a whole .npy file", "write it again"):
         shard = np.load(path, mmap_mode="r")
     if shard.ndim != 1 or shard.dtype != np.uint16:
         die(f"{path} holds {shard.dtype} of shape {shard.shape}; a shard is one row of uint16")
@@ -1147,7 +1149,8 @@ def read_log(path):
     if not os.path.exists(path):
         return []
     rows = []
-    with reading(path, "a log"), open(path, newline="", encoding="utf-8-sig") as f:
+    mend = "take the file away"
+    with reading(path, "a log", mend), open(path, newline="", encoding="utf-8-sig") as f:
         for texts in csv.DictReader(f):
             # a killed process may leave half a line
             if None not in texts.values():
@@ -1406,14 +1409,16 @@ def print_validation(row, max_steps):
           flush=True)
 
 
-def print_step(row, max_steps, first_step, started, aim=None, speed=""):
+def print_step(row, max_steps, first_step, started, speed=""):
     """
     The line of a step, with the time that is left: the run began at `started` with first_step.
-    aim: what is trained for, if it is not the loss; speed: in whatever unit.
+    speed: in whatever unit.
     """
     step = row["step"]
     minutes = (time.time() - started) / 60 / (step + 1 - first_step) * (max_steps - step - 1)
-    aim = aim or f"loss {row['loss']:.4f}"
+    aim = f"loss {row['loss']:.4f}"
+    if row.get("reward") is not None:  # train_caption.py can train on CIDEr itself
+        aim = f"CIDEr of samples {100 * row['reward']:.1f}"
     print(f"step {step:5d}/{max_steps} | {aim} | norm {row['norm']:.2f} | lr {row['lr']:.2e} | "
           f"{row['ms']:.0f} ms | {speed}{minutes:.1f} min left", flush=True)
 
@@ -1586,7 +1591,7 @@ if __name__ == "__main__":
             if step % log_interval == 0 or step == max_steps - 1:
                 speed = total_batch_size / ms * 1000
                 used = mfu(raw_model, T, speed, world_size)
-                print_step(row, max_steps, first_step, t_start, speed=f"{speed:,.0f} tok/s | "
+                print_step(row, max_steps, first_step, t_start, f"{speed:,.0f} tok/s | "
                            + f"MFU {used:.1%} | " * (used > 0))
             if step == first_step:
                 print(f"memory after the first step: {peak_memory(device) / 1e9:.2f} GB at most")
