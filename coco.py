@@ -746,7 +746,7 @@ class Tagger(nn.Module):
         return self.norm(x)
 
 
-def train_tagger(data, steps, seed, B=48, peak=4e-3):
+def train_tagger(data, steps, seed, B=48, peak=4e-3, device="cpu"):
     """Trains a Tagger on a data set and saves it as features/tagger.pt. Returns the losses."""
     images, captions = load_captions(data, "train2017")
     counts = Counter()
@@ -760,7 +760,7 @@ def train_tagger(data, steps, seed, B=48, peak=4e-3):
             words = vocabulary.keys() & caption.lower().split()
             target[[vocabulary[word] for word in words]] += 1 / len(texts)
     torch.manual_seed(seed)
-    tagger = Tagger(len(vocabulary))
+    tagger = Tagger(len(vocabulary)).to(device)
     files = tqdm(image_files(data, "train2017", images), desc="reading", mininterval=1)
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(lambda file: preprocess_file(tagger, file), files))
@@ -775,8 +775,9 @@ def train_tagger(data, steps, seed, B=48, peak=4e-3):
     for step in bar:
         optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 20, 1 - step / steps)
         batch = rng.choice(len(pixels), B, replace=len(pixels) < B)
-        scores = tagger.vote(tagger(pixels[batch])).amax(1)  # (B, S, words) -> (B, words)
-        loss = F.binary_cross_entropy_with_logits(scores, targets[batch])
+        # each word's highest score of all tokens: (B, S, words) -> (B, words)
+        scores = tagger.vote(tagger(pixels[batch].to(device))).amax(1)
+        loss = F.binary_cross_entropy_with_logits(scores, targets[batch].to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -1303,7 +1304,7 @@ if __name__ == "__main__":
         tagger, tagger_file = None, os.path.join(data, "features", "tagger.pt")
         if encoder == "tagger":
             if not os.path.exists(tagger_file):
-                train_tagger(data, teach_steps, seed)
+                train_tagger(data, teach_steps, seed, device=process.device)
             tagger = load_checkpoint(tagger_file)
         image_encoder = load_encoder(encoder, pretrained, tagger, turned)
         made_by = dict(encoder=encoder, pretrained=getattr(image_encoder, "pretrained", None),

@@ -1383,7 +1383,7 @@ if __name__ == "__main__":
               ["step", "loss", "perplexity", "lr", "norm", "ms"], math.inf if eval_only else step,
               start_wandb(config) if wandb_log else None)
     asked_to_stop = stop_signals()
-    t0, first_step = time.time(), step
+    first_step = step
     while not eval_only:
         # evaluate on some held-out captions, and save
         row = dict(step=step)
@@ -1400,7 +1400,7 @@ if __name__ == "__main__":
             break
 
         # one step
-        t1 = time.time()
+        t0 = time.time()
         task_captions, task_pictures = tasks[step % len(tasks)]
         prompted.ask(prompts[step % len(prompts)])
         # with several folders, each is shown whole once an epoch of its own
@@ -1411,10 +1411,10 @@ if __name__ == "__main__":
         loss.backward()
         lr = get_lr(step, learning_rate, min_lr, warmup_steps, n_steps)
         norm = optimizer_step(prompted, optimizers, lr, grad_clip, step)
-        row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=1000 * (time.time() - t1))
+        row |= dict(loss=loss.item(), lr=lr, norm=norm, ms=1000 * (time.time() - t0))
         log.add(**row)
         if step % log_interval == 0 or step == n_steps - 1:
-            print_step(row, n_steps, first_step, t0)
+            print_step(row, n_steps, log.seconds_per_step())
         step += 1
     if asked_to_stop:
         print(f"stopped at step {step}; go on with out_dir={out_dir} init_from=resume")

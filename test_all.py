@@ -35,7 +35,6 @@ import sys
 import tempfile
 import threading
 import time
-import timeit
 import weakref
 import zipfile
 from collections import Counter
@@ -48,6 +47,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
+from torch.nn.attention import sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from PIL import Image
@@ -1190,6 +1190,26 @@ def test_cudnn_attention_comes_first_on_hopper(monkeypatch):
         backends = train_gpt2.attention_backends("cuda:1")
         assert backends[0].name == f"{first}_ATTENTION" and backends[-1].name == "MATH"
     assert "CUDNN_ATTENTION" not in [b.name for b in train_gpt2.attention_backends("cpu")]
+
+
+def test_cudnn_attention_is_for_training_steps_only(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    train_gpt2.setup("cpu", None)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with sdpa_kernel(train_gpt2.attention_backends("cuda"), set_priority=True):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_time_left_is_judged_without_the_first_step(tmp_path, capsys):
+    log = train_gpt2.Log(str(tmp_path / "log.csv"), ["step"], 0)
+    row = dict(loss=1.0, norm=1.0, lr=1.0, ms=2000)
+    for step in range(5):
+        log.add(step=step)
+        log.times[-1] = 99 + 2.0 * step  # the first step took 99 s, the others 2
+        train_gpt2.print_step(row | dict(step=step), 15, log.seconds_per_step())
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0] and lines[4].endswith("2000 ms | 0.3 min left")  # 10 x 2 s
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -4289,7 +4309,7 @@ def test_a_step_of_the_full_size_fits(way, limit):
     c = SimpleNamespace(**paligemma_prompt.FULL)
     with torch.device("meta"):
         assert sum(p.numel() for p in PaliGemma(c).parameters()) == 2_923_335_408
-    assert 5.8 < prompt_gigabytes(8, **PROMPT_METHODS[way]) < limit
+    assert 5.8 < prompt_costs(8, **PROMPT_METHODS[way])[0] < limit
 
 
 def test_weights_that_do_not_fit_are_said_before_they_are_loaded(capsys):
@@ -4550,9 +4570,14 @@ def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monk
 
 def median_seconds(*functions, rounds=5):
     """The median seconds of each function. A first round, which fills caches, does not count."""
-    rows = []
-    for _ in range(rounds + 1):
-        rows.append([timeit.timeit(function, number=1) for function in functions])
+    def seconds(function):
+        started = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    rows = [[seconds(function) for function in functions] for _ in range(rounds + 1)]
     return np.median(rows[1:], axis=0).tolist()
 
 
@@ -4614,13 +4639,16 @@ def peak_memory(function):
 
 
 def bench_gpt2(process):
-    """A training step of GPT-2 beside the same step of transformers' GPT2LMHeadModel."""
+    """
+    A training step of GPT-2 beside the same step of transformers' GPT2LMHeadModel. Where training
+    is compiled, also with the loss left uncompiled.
+    """
     coco.mend_torchvision()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     B, T, cuda = batch_size, block_size, "cuda" in process.device
-    config = GPTConfig(block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    rows = torch.randint(config.vocab_size, (B, T + 1), device=process.device)
+    rows = torch.randint(50257, (B, T + 1), device=process.device)
+    attention = train_gpt2.attention_backends(process.device)
 
     def train_step_of(model, loss_of):
         optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-5, 0.1)
@@ -4633,22 +4661,36 @@ def bench_gpt2(process):
 
         return step
 
-    ours = GPT(config).to(process.device)
+    def loss_here(compiled_loss):
+        def loss_of(x, y):
+            ours.compiled_loss = compiled_loss
+            with sdpa_kernel(attention, set_priority=True):
+                return ours(x, y)
+
+        return loss_of
+
+    compiled = train_gpt2.should_compile(None, process)
+    ours = GPT(GPTConfig(block_size=T, n_layer=n_layer, n_head=n_head, n_embd=n_embd))
+    ours = ours.to(process.device)
+    steps = {"here": train_step_of(ours, ours)}
+    if compiled:
+        train_gpt2.compile_for_training(ours)
+        steps = {"here": train_step_of(ours, loss_here(ours.compiled_loss)),
+                 "here, loss not compiled": train_step_of(ours, loss_here(None))}
+    memory = {name: peak_memory(step) for name, step in steps.items()}
+    before = torch.cuda.memory_allocated() if cuda else 0
     theirs = GPT2LMHeadModel(GPT2Config(
         n_positions=T, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(process.device)
-    run_theirs = theirs
-    if train_gpt2.should_compile(None, process):
-        run_theirs = torch.compile(theirs)
-        train_gpt2.compile_for_training(ours)
-    steps = {"here": train_step_of(ours, ours),
-             "transformers": train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)}
-    memory = {name: peak_memory(step) if cuda else math.nan for name, step in steps.items()}
+    run_theirs = torch.compile(theirs) if compiled else theirs
+    steps["transformers"] = train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)
+    memory["transformers"] = peak_memory(steps["transformers"]) - before
     seconds = median_seconds(*steps.values())
     for name, each in zip(steps, seconds):
         speed = B * T / each
-        print(f"{name:13} {speed:12,.0f} tokens/s | MFU {train_gpt2.mfu(ours, T, speed):.1%} | "
-              f"{memory[name] / 1e9:.2f} GB | here is {each / seconds[0]:.2f} times as fast")
+        gigabytes = f"{memory[name] / 1e9:.2f} GB | " if cuda else ""
+        print(f"{name:23} {speed:12,.0f} tokens/s | MFU {train_gpt2.mfu(ours, T, speed):.1%} | "
+              f"{gigabytes}here is {each / seconds[0]:.2f} times as fast")
 
 
 def bench_generate(process):
@@ -4886,72 +4928,97 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-def step_gigabytes(model_of, loss_of):
+def step_costs(make_step, device):
     """
-    Peak GB (1e9 bytes) of a training step with AdamW, matmuls in bfloat16, uncompiled. Computed on
-    fake tensors, which have shapes but no content. What a CUDA context takes is not in it.
+    make_step() -> a function that does a training step -> the step's peak GB (1e9 bytes) and its
+    median seconds. On a GPU they are measured. Elsewhere, memory is computed on fake tensors, which
+    have shapes but no content, and seconds are nan. What a CUDA context takes is not in it.
     """
+    if "cuda" in device:
+        gc.collect()  # what an earlier call left
+        with torch.device(device):
+            step = make_step()
+        gigabytes = peak_memory(step) / 1e9
+        return gigabytes, median_seconds(step)[0]
     with FakeTensorMode():
-        model = model_of()
-        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-5, 0.1)
+        step = make_step()
         with LiveBytes() as live:
-            for _ in range(2):  # in the second, Adam's averages are there
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = loss_of(model)
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-    return live.peak / 1e9
+            step()
+            step()  # in the second, Adam's averages are there
+    return live.peak / 1e9, math.nan
 
 
-def gpt2_gigabytes(B, T=1024):
-    def loss_of(model):
-        idx = torch.zeros(B, T, dtype=torch.long)
-        return model(idx, idx)
+def step_of(model, loss_of, optimizers, device):
+    def step():
+        with torch.autocast(device.split(":")[0], torch.bfloat16):
+            loss = loss_of(model)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-    # the loss takes 4,096 rows of logits at a time on CUDA, 512 here: in bfloat16 and in float32
-    more_logits = (4096 - 512) * 50304 * (2 + 4)
-    return step_gigabytes(lambda: GPT(GPTConfig()), loss_of) + more_logits / 1e9
+    return step
 
 
-def captioner_gigabytes(B, fusion="xattn", T=16):
-    def model_of():
+def more_logits(rows):
+    """GB. On CUDA the loss takes 4,096 rows at a time, not 512: once in bfloat16, twice float32."""
+    return (min(rows, 4096) - min(rows, 512)) * 50304 * (2 + 4 + 4) / 1e9
+
+
+def gpt2_costs(B, device="cpu", T=1024):
+    def make_step():
+        model, idx = GPT(GPTConfig()), torch.zeros(B, T, dtype=torch.long)
+        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-5, 0.1)
+        return step_of(model, lambda model: model(idx, idx), optimizers, device)
+
+    gigabytes, seconds = step_costs(make_step, device)
+    if "cuda" not in device:
+        gigabytes += more_logits(B * T)
+    return gigabytes, seconds
+
+
+def captioner_costs(B, fusion="xattn", device="cpu", T=16):
+    def make_step():
         model = Captioner(GPT(GPTConfig()), fusion, 1, width=768)
-        model.to = lambda device: model  # fake tensors cannot be moved
-        return model.to_process(ALONE._replace(dtype=torch.bfloat16))
+        model.to = lambda device: model  # it is there; fake tensors cannot be moved
+        model = model.to_process(ALONE._replace(dtype=torch.bfloat16))
+        image, idx = torch.randn(B, 50, 768), torch.zeros(B, T, dtype=torch.long)
+        optimizers = train_gpt2.make_optimizers(model, "adamw", 1e-5, 0.1)
 
-    def loss_of(model):
-        idx = torch.zeros(B, T, dtype=torch.long)
-        x = model.hidden(idx, model.encode_image(torch.zeros(B, 50, 768)))
-        return model.gpt.cross_entropy(x.flatten(0, 1), idx.flatten())[0]
+        def loss_of(model):
+            x = model.hidden(idx, model.encode_image(image))
+            return model.gpt.cross_entropy(x.flatten(0, 1), idx.flatten())[0]
 
-    return step_gigabytes(model_of, loss_of)
+        return step_of(model, loss_of, optimizers, device)
+
+    gigabytes, seconds = step_costs(make_step, device)
+    if "cuda" not in device:
+        gigabytes += more_logits(B * T)
+    return gigabytes, seconds
 
 
-def prompt_gigabytes(B, device="cpu", n_suffix=40, **method):
-    """
-    Peak GB of a training step of the full PaliGemma, whose frozen weights are bfloat16. On a GPU it
-    is measured, elsewhere computed on fake tensors. method: arguments of PromptedPaliGemma.
-    """
-    c, real = SimpleNamespace(**paligemma_prompt.FULL), "cuda" in device
-    with nullcontext() if real else FakeTensorMode():
+def prompt_costs(B, device="cpu", n_suffix=40, **method):
+    """The full PaliGemma, whose frozen weights are bfloat16; arguments of PromptedPaliGemma."""
+    c = SimpleNamespace(**paligemma_prompt.FULL)
+
+    def make_step():
         model = paligemma_prompt.random_model(c, device, torch.bfloat16)
         prompted = PromptedPaliGemma(model, 2, [3, 4, 5], **method)
         model.language_model.gradient_checkpointing = True
         name = "sgd" if method.get("trainable") == "attention" else "adamw"
         optimizers = paligemma_prompt.make_optimizer(prompted, name)
-        idx = torch.zeros(B, n_suffix, dtype=torch.long, device=device)
-        pixels = torch.zeros(B, 3, c.image_size, c.image_size, device=device)
-        if real:
-            torch.cuda.reset_peak_memory_stats()
-        with nullcontext() if real else LiveBytes() as live:
-            for _ in range(2):  # in the second, Adam's averages are there
-                prompted(idx, pixels, idx).backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-    return (torch.cuda.max_memory_allocated() if real else live.peak) / 1e9
+        idx = torch.zeros(B, n_suffix, dtype=torch.long)
+        pixels = torch.zeros(B, 3, c.image_size, c.image_size)
+
+        def step():
+            prompted(idx, pixels, idx).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    return step_costs(make_step, device)
 
 
 PROMPT_METHODS = {"soft prompt": dict(prompt="soft"),
@@ -4961,23 +5028,33 @@ PROMPT_METHODS = {"soft prompt": dict(prompt="soft"),
 
 
 def bench_memory(process):
-    """What a training step takes at full size, for a choice of batch_size=. Needs no GPU."""
-    print("GPT-2 124M, 1,024 tokens a sequence, uncompiled, peak GB:")
-    for B in (8, 16, 32, 64, 128):
-        print(f"  batch_size={B:<4} {gpt2_gigabytes(B):6.1f}", flush=True)
+    """
+    What an uncompiled training step takes at full size, for a choice of batch_size=. Needs no GPU;
+    on one, memory is measured, not computed, and so is the speed.
+    """
+    device = process.device
+    print(f"Peak GB of a training step, {'measured' if 'cuda' in device else 'computed'}:")
+
+    def show(name, sizes, costs_of):
+        for B in sizes:
+            try:
+                gigabytes, seconds = costs_of(B)
+            except torch.OutOfMemoryError:
+                print(f"  {name:32} batch_size={B:<4} does not fit", flush=True)
+                continue
+            speed = f" {B / seconds:9.1f} sequences/s" if seconds > 0 else ""
+            print(f"  {name:32} batch_size={B:<4} {gigabytes:6.1f}{speed}", flush=True)
+
+    show("GPT-2 124M, 1,024 tokens", (8, 16, 32, 64, 128), lambda B: gpt2_costs(B, device))
     for fusion in ("xattn", "linear", "qformer"):
-        print(f"captioner, fusion={fusion}, every=1, GPT-2 124M, 50 x 768, peak GB:")
-        for B in (128, 256, 512):
-            print(f"  batch_size={B:<4} {captioner_gigabytes(B, fusion):6.1f}", flush=True)
-    how = "measured" if "cuda" in process.device else "computed"
-    print(f"PaliGemma 3B, 224 px, 40 tokens of caption, peak GB, {how}; batch_size=1, 4, 8:")
+        show(f"captioner, {fusion}, every=1", (128, 256, 512),
+             lambda B: captioner_costs(B, fusion, device))
     for name, method in PROMPT_METHODS.items():
-        sizes = [prompt_gigabytes(B, process.device, **method) for B in (1, 4, 8)]
-        print(f"  {name:24}" + "".join(f"{size:7.2f}" for size in sizes), flush=True)
+        show(f"PaliGemma 3B, {name}", (1, 4, 8), lambda B: prompt_costs(B, device, **method))
 
 
 def test_memory_of_a_step_grows_with_the_batch():
-    small, large = captioner_gigabytes(8), captioner_gigabytes(64)
+    small, large = captioner_costs(8)[0], captioner_costs(64)[0]
     # weights: 0.1 GB of GPT-2 in bfloat16, 85M trained numbers with gradients and two averages
     assert 0.16 + 16 * 85e6 / 1e9 < small < large < 8 * small
 

@@ -825,7 +825,7 @@ def prepare_demo(config):
          "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 "
          "n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 optimizer=muon "
          "learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 "
-         "eval_interval=80 eval_tokens=20000 log_interval=20"),
+         "eval_interval=80 eval_tokens=20000 log_interval=20 compile=False"),
         ("train a small image encoder on the captions' words, and encode the scenes with it",
          f"data/shapes/features/{encoder}_val2017.npy",
          f"coco.py data=data/shapes encoder={encoder}"),
@@ -1286,7 +1286,7 @@ if __name__ == "__main__":
                   start_wandb(config) if wandb_log and not eval_only else None)
     asked_to_stop, stop = stop_signals(), 0
     best_evaluation = None  # of best.pt, if this process evaluated it
-    t0, first_step = time.time(), step
+    first_step = step
     while not eval_only:
         # evaluate (also where a resumed run begins), and save; with ema the average of the weights
         row, is_best = dict(step=step), False
@@ -1314,7 +1314,7 @@ if __name__ == "__main__":
             break
 
         # one step
-        t1 = time.time()
+        t0 = time.time()
         reseed(seed, step, rank)
         # scst without dropout: with it, the log-probabilities would not be of the sampling model
         raw_model.train(not scst)
@@ -1335,11 +1335,11 @@ if __name__ == "__main__":
                                             reward / world_size, len(asked_to_stop))
         if rank == 0:
             row |= dict(loss=loss, reward=reward if scst else None, lr=lr, norm=norm,
-                        ms=(time.time() - t1) * 1000, **read_gates(raw_model))
+                        ms=(time.time() - t0) * 1000, **read_gates(raw_model))
             log.add(**row)
             if step % log_interval == 0 or step == max_steps - 1:
-                print_step(row, max_steps, first_step, t0,
-                           f"{1000 * batch_size / row['ms']:,.0f} images/s | ")
+                print_step(row, max_steps, log.seconds_per_step(),
+                           f" | {1000 * batch_size / row['ms']:,.0f} images/s")
         step += 1
 
     if stop:
