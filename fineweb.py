@@ -1,20 +1,19 @@
 """
-Text in, token shards out: the first stage. Downloads FineWeb-Edu (sample-10BT, 28 GB of parquet
-files) from the Hugging Face hub, or takes any text of yours, and writes it as the GPT reads it:
-long arrays of token ids.
+Text in, token shards out: the first stage. Takes FineWeb-Edu (sample-10BT, 28 GB, downloaded from
+the Hugging Face hub) or your own text, and writes the token ids that the GPT reads.
 
     python fineweb.py                             # all 10 billion tokens: 100 shards, 20 GB
     python fineweb.py max_tokens=300000000        # stops early, downloads no more than it needs
     python fineweb.py text=notes.txt data=notes val_tokens=10000        # your own text
     python fineweb.py text=notes.txt data=notes val_tokens=10000 tokenizer=learn
 
-It needs no GPU. Two cores tokenize 3 to 7 million tokens a second. After an interruption the same
-command continues. The shards are those of build-nanogpt, whose own work here too: uint16, 100M
-tokens each, edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on. <|endoftext|> opens
-each document: a line of a .txt file, the field "text" of a line of .jsonl or a row of .parquet.
+It needs no GPU: two cores tokenize 3 to 7 million tokens a second. After an interruption the same
+command continues. The shards are those of build-nanogpt, which work here too: uint16, 100M tokens
+each, edufineweb_val_000000.npy, edufineweb_train_000001.npy and so on. <|endoftext|> opens each
+document: a line of a .txt file, the field "text" of a line of .jsonl or a row of .parquet.
 
-HF_ENDPOINT (a mirror of the hub) and HF_TOKEN (for gated files) are honoured. Settings, saving,
-downloads and tokenizers of all scripts are here.
+All scripts import settings, saving, downloads and tokenizers from here. Downloads honour
+HF_ENDPOINT (a mirror of the hub) and HF_TOKEN (for gated files).
 """
 import ast
 import base64
@@ -32,11 +31,10 @@ import shlex
 import sys
 import textwrap
 import time
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 
@@ -53,30 +51,27 @@ max_tokens: int = None      # >= 1: stop after this many tokens, None = all
 
 # separates documents; also the captioner's first (BOS) and last (EOS) token
 EOT = "<|endoftext|>"
-# GPT-2's pattern, which cuts text into words before byte pairs are merged: no token spans two words
+# GPT-2's pattern cuts text into words before byte pairs are merged: no token spans two words
 SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The look-ahead (?!\S) keeps tiktoken from its fast regex engine, and it matters only where two
-# white-space characters stand in a row. Most documents have no such place. This pattern cuts them
-# into the same words, and tiktoken is twice as fast with it.
+# The look-ahead (?!\S) keeps tiktoken from its fast regex engine. It matters only where two
+# white-space characters stand in a row. This pattern cuts all other documents into the same words,
+# twice as fast.
 SPLIT_SINGLE_SPACED = r" ?\p{L}+| ?\p{N}+|'(?:[sdmt]|ll|ve|re)| ?[^\s\p{L}\p{N}]+|\s"
-# of GPT-2's ranks as a .tiktoken file, which OpenAI publishes as r50k_base.tiktoken
+# of GPT-2's .tiktoken file, which OpenAI publishes as r50k_base.tiktoken
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # --------------------------------------------------------------------------------------------------
-# settings from the command line, for every script of the project
+# settings from the command line
 
 
 def die(message):
-    """Ends the run with one line for a person, and exit code 2."""
-    # the newline ends a progress bar that may be on the screen
+    """Ends the run with one line and exit code 2."""
+    # the newline ends a progress bar
     print(f"\nerror: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-class Setting(NamedTuple):
-    default: object
-    kind: type          # int, float, str or bool
-    comment: str
+Setting = namedtuple("Setting", "default kind comment")  # kind: int, float, str or bool
 
 
 def read_settings(source):
@@ -87,33 +82,27 @@ def read_settings(source):
         name = default      # rule: comment
         name: int = None    # the type of a setting without a default value
 
-    The rule says what the setting accepts: `>= 1`, `> 0, <= 1`, `one of a | b`. Without one it
-    accepts every value of its type.
+    The rule is such as `>= 1`, `> 0, <= 1` or `one of a | b`. Without one all values are accepted.
     """
     kinds = {"int": int, "float": float, "str": str, "bool": bool}
     lines = source.splitlines()
     settings = {}
     for node in ast.parse(source).body:
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        line = lines[node.lineno - 1]
+        match = re.fullmatch(r"([a-z][a-z0-9_]*)(?:: (\w+))? = ([^#]+)#?(.*)", line)
+        if not match:
             continue
-        is_annotated = isinstance(node, ast.AnnAssign)
-        name = ast.unparse(node.target if is_annotated else node.targets[0])
-        try:
-            default = ast.literal_eval(node.value)
-        except ValueError:  # an expression
-            continue
-        is_plain = isinstance(default, (int, float, str, type(None)))
-        if not (is_plain and name.isidentifier() and name.islower()):
-            continue
-        kind = kinds[node.annotation.id] if is_annotated else type(default)
-        # ast counts bytes, not letters
-        rest = lines[node.end_lineno - 1].encode()[node.end_col_offset:]
-        settings[name] = Setting(default, kind, rest.decode().strip(" #"))
+        name, annotation, value, comment = match.groups()
+        with suppress(ValueError, SyntaxError):  # the value is an expression
+            default = ast.literal_eval(value)
+            kind = annotation or type(default).__name__
+            if kind in kinds:
+                settings[name] = Setting(default, kinds[kind], comment.strip())
     return settings
 
 
 def parse_value(text, kind):
-    """The text of a setting as a value of its type; None if it is none."""
+    """The text as a value of this type; None if it is none."""
     if kind is str:
         return ",".join(os.path.expanduser(part) for part in text.split(","))
     if kind is bool:
@@ -121,33 +110,29 @@ def parse_value(text, kind):
     with suppress(ValueError):
         return kind(text)
     with suppress(ValueError):
-        number = float(text)
-        if number.is_integer():  # max_tokens=1e9
-            return int(number)
+        if float(text).is_integer():  # max_tokens=1e9
+            return int(float(text))
     return None
 
 
 def parse_setting(name, text, setting):
-    """The value that `name=text` gives; ends the run if the setting does not accept it."""
+    """The value that `name=text` gives. Ends the run if the setting does not accept it."""
     default, kind, comment = setting
     if text == "None" and default is None and kind is not str:
         return None
     if text in ("", "None"):
-        die(f"{name}={text} gives no value: leave {name}= out, or give it a value")
+        die(f"{name}={text} gives no value: write one, or leave {name}= out")
     value = parse_value(text, kind)
     if value is None or (kind is float and not math.isfinite(value)):
         what = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
         die(f"{name}={text}: {name} takes {what}")
     rule = re.split("[:;]", comment)[0]
-    if rule.startswith("one of "):
-        choices = rule.removeprefix("one of ").split(" | ")
-        if value not in choices:
-            die(f"{name}={text}: {name} is one of {', '.join(choices)}")
-    if rule.startswith(("<", ">")):
-        compare = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-        for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", rule):
-            if not compare[sign](value, float(bound)):
-                die(f"{name}={text}: {name} must be {rule}")
+    if rule.startswith("one of ") and value not in rule.removeprefix("one of ").split(" | "):
+        die(f"{name}={text}: {name} is {rule.replace(' |', ',')}")
+    compare = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+    for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", rule):
+        if not compare[sign](value, float(bound)):
+            die(f"{name}={text}: {name} must be {rule}")
     if name in ("data", "out_dir", "export"):
         for path in value.split(","):
             if os.path.lexists(path) and not os.path.isdir(path):
@@ -158,15 +143,14 @@ def parse_setting(name, text, setting):
 def configure(module, preset=None, positional=()):
     """
     Sets the settings of the calling script, whose `globals()` are `module`, and returns them as a
-    dict. It starts from the defaults in the script's text (read_settings shows how to write them).
-    What `preset` returns replaces these, and the command line, `name=value` or `--name=value`,
-    replaces both. A wrong name or value ends the run with one line; --help prints all settings.
+    dict: the defaults in its text (see read_settings), then what `preset` returns, then the command
+    line, `name=value` or `--name=value`. --help prints all settings.
 
-    preset(typed) -> {name: value}; typed is {name: value} of the command line
+    preset(typed) -> {name: value}, where typed = {name: value} of the command line
     positional: the names of words without "=", in order
     RENAMED, in the script: {old name: new name}
     """
-    # a terminal that lacks a letter shows "?" for it: that must not end a run
+    # a terminal that lacks a letter shows "?" for it
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):
             stream.reconfigure(errors="replace")
@@ -174,8 +158,7 @@ def configure(module, preset=None, positional=()):
         source = f.read()
     settings = read_settings(source)
     renamed = module.get("RENAMED", {})
-    words = sys.argv[1:]
-    if {"--help", "-h", "help"}.intersection(words):
+    if {"--help", "-h", "help"}.intersection(sys.argv[1:]):
         # `python -OO` drops __doc__, not the text
         print(ast.get_docstring(ast.parse(source)), "\n\nsettings:")
         for name, setting in settings.items():
@@ -183,19 +166,18 @@ def configure(module, preset=None, positional=()):
         sys.exit(0)
     typed = {}
     positional = list(positional)
-    for word in words:
+    for word in sys.argv[1:]:
         name, equals, text = word.partition("=")
         name = name.removeprefix("--")
         if not equals:
             if not positional:
-                die(f"'{word}' is not a setting: write name=value (--help lists all settings)")
-            name = positional.pop(0)
-            text = word
+                die(f"'{word}' is not a setting: write name=value (--help lists them)")
+            name, text = positional.pop(0), word
         if name in renamed:
             die(f"{name}= is now called {renamed[name]}=")
         if name not in settings:
             near = difflib.get_close_matches(name, settings, 1, 0.0)
-            die(f"unknown setting '{name}': did you mean '{near[0]}'? (--help lists them all)")
+            die(f"unknown setting '{name}': did you mean '{near[0]}'? (--help lists them)")
         typed[name] = parse_setting(name, text, settings[name])
     final = {name: setting.default for name, setting in settings.items()}
     if preset:
@@ -206,7 +188,7 @@ def configure(module, preset=None, positional=()):
 
 
 def print_settings(config):
-    """Prints the final settings as the words that would give them again."""
+    """Prints settings as the words that would give them again."""
     words = [f"{name}={value}" for name, value in config.items() if value is not None]
     print("settings:", shlex.join(words), flush=True)
 
@@ -217,9 +199,8 @@ def print_settings(config):
 
 def save_atomically(path, write):
     """
-    `write(file)` fills a temporary file, which is flushed to the disk and then gets its name in one
-    step: nobody reads half a file, not even after a power cut. If writing fails, the run ends with
-    one line, and what was at `path` before is still there.
+    `write(file)` fills a temporary file, which is flushed to the disk and then renamed: nobody
+    reads half a file, not even after a power cut. `path` is unchanged if writing fails.
     """
     try:
         with open(path + ".tmp", "wb") as f:
@@ -228,8 +209,8 @@ def save_atomically(path, write):
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as problem:  # torch.save turns an OSError into a RuntimeError
-        die(f"{path} could not be written ({str(problem).splitlines()[0]}); is the disk full? "
-            "What was there before is unharmed")
+        why = str(problem).splitlines()[0]
+        die(f"{path} could not be written ({why}); what was there is unharmed. Is the disk full?")
     finally:
         with suppress(FileNotFoundError):
             os.remove(path + ".tmp")
@@ -246,26 +227,21 @@ def save_json(path, content, indent=None):
 
 @contextmanager
 def reading(path, what, mend=""):
-    """
-    `with reading(path, "a .npy file", "write it again"):` ends the run with one line, which says
-    what the file should be and how to mend it, if the block fails.
-    """
+    """If the block fails, ends the run: `path` is not `what`; `mend` says how to mend it."""
     try:
         yield
-    except Exception as problem:  # the library of each format raises errors of its own
-        # the messages of some have many lines
+    except Exception as problem:  # each library raises its own errors, some with many lines
         why = textwrap.shorten(f"{type(problem).__name__}: {problem}", 200)
         die(f"{path} is not {what}, or was cut short ({why})" + (mend and f": {mend}"))
 
 
 def read_json(path, what="json", mend=""):
-    """The content of a json file, which should be `what`."""
     with reading(path, what, mend), open(path, encoding="utf-8-sig") as f:
         return json.load(f)
 
 
 def read_lines(path):
-    """Yields (number, line) of a text file, numbers from 1, without blank lines and line ends."""
+    """Yields (number, line) of a text file, numbers from 1; lines are stripped, not blank."""
     number = 0
     try:
         with open(path, encoding="utf-8-sig") as f:  # -sig: without a byte order mark
@@ -282,7 +258,7 @@ LOCKS = {}  # {folder: open file}: a lock lasts until its process ends, however 
 
 
 def lock_folder(folder):
-    """Makes the folder and this process its one writer. Ends the run if another process writes."""
+    """Makes the folder, and this process its only writer. Ends the run if there is another."""
     os.makedirs(folder, exist_ok=True)
     folder = os.path.realpath(folder)
     try:
@@ -296,8 +272,7 @@ def lock_folder(folder):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        die(f"{folder} is being written by another run ({file.read().strip()}): wait for its end, "
-            "stop it, or take another folder")
+        die(f"{folder} is being written by another run ({file.read().strip()}): wait for its end")
     except OSError:  # a file system without locks
         return
     file.truncate(0)
@@ -315,13 +290,12 @@ def hub():
 
 
 def fetch(url, part):
-    """Appends to the file `part` what it lacks of `url`, in one request."""
+    """Appends what the file `part` lacks of `url`, in one request."""
     import requests
     from tqdm import tqdm
 
     # identity: uncompressed, so that sizes are those of the file
-    headers = {"User-Agent": f"nanocaption/1.0 python-requests/{requests.__version__}",
-               "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "nanocaption/1.0", "Accept-Encoding": "identity"}
     done = os.path.getsize(part) if os.path.exists(part) else 0
     if done:
         headers["Range"] = f"bytes={done}-"
@@ -333,13 +307,11 @@ def fetch(url, part):
             os.remove(part)
             raise requests.ConnectionError("the part on disk is longer than the file")
         response.raise_for_status()
-        # a network that asks for a login answers every address with its own page
         if "text/html" in response.headers.get("Content-Type", ""):
             die(f"{url}: a web page came, not the file: does this network ask for a login?")
         if response.status_code == 200:  # the whole file, whatever part was asked for
             done = 0
-        length = response.headers.get("Content-Length")
-        total = done + int(length) if length else None
+        total = done + int(response.headers.get("Content-Length", 0))
         bar = tqdm(desc=os.path.basename(part), total=total, initial=done, unit="B",
                    unit_scale=True, mininterval=1)
         with bar, open(part, "ab" if done else "wb") as f:
@@ -348,15 +320,14 @@ def fetch(url, part):
                 bar.update(len(chunk))
             f.flush()
             os.fsync(f.fileno())
-    if total and os.path.getsize(part) < total:
+    if os.path.getsize(part) < total:
         raise requests.ConnectionError("the connection was cut")
 
 
 def download(url, path, tries=8):
     """
     Fetches `url` into the file `path`, unless it exists, and returns `path`. A cut connection, a
-    429 or a 5xx is tried again after a pause that doubles, from the byte where it stopped. The file
-    gets its name only when it is whole. HF_TOKEN is sent to the hub, or its mirror, only.
+    429 or a 5xx is tried again after a pause that doubles, from the byte where it stopped.
     """
     if os.path.exists(path):
         return path
@@ -374,7 +345,7 @@ def download(url, path, tries=8):
             status = response.status_code
             what = f"the server says {status} {response.reason}"
             if status in (401, 403) and url.startswith(hub() + "/"):
-                what += "; if it asks for a licence, accept it there and set HF_TOKEN"
+                what += "; accept its licence there, if it has one, and set HF_TOKEN"
             if status < 500 and status != 429:
                 die(f"{url}: {what}")
             retry_after = response.headers.get("Retry-After", "")
@@ -386,8 +357,7 @@ def download(url, path, tries=8):
         except OSError as problem:  # a malformed address, or a full disk
             die(f"{url} can't be fetched into {part}: {problem}")
         if attempt == tries - 1:
-            die(f"could not download {url}: {what}, {tries} times. Run the same command again to "
-                f"continue, or put the file at {path} yourself")
+            die(f"could not download {url}: {what}, {tries} times. Run again, or put it at {path}")
         print(f"{what}; trying again in {pause} s ({url})", flush=True)
         time.sleep(pause)
     if path.endswith(".json"):
@@ -407,16 +377,15 @@ def download(url, path, tries=8):
 
 def get_tokenizer(source="gpt2"):
     """
-    A tiktoken.Encoding with <|endoftext|> as its last id. `source` is "gpt2", the path of a
-    .tiktoken file (a line for each token: its bytes in base64, its id), or such a file's text,
-    which is how checkpoints carry it.
+    A tiktoken.Encoding with <|endoftext|> as its last id. `source` is "gpt2", a .tiktoken file (on
+    each line a token's bytes in base64 and its id), or such a file's text, as checkpoints have it.
     """
     import tiktoken
 
     if source == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as problem:  # tiktoken passes on whatever its download raises
+        except Exception as problem:  # whatever its download raises
             die(f"GPT-2's vocabulary could not be fetched ({type(problem).__name__}): "
                 "connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds it")
     if "\n" in source:
@@ -424,23 +393,22 @@ def get_tokenizer(source="gpt2"):
     elif os.path.isfile(source):
         lines = [line for _, line in read_lines(source)]
     else:
-        die(f"tokenizer {source}: gpt2, or a .tiktoken file, and there is no such file")
+        die(f"tokenizer {source}: it is not gpt2, and there is no such file")
     try:
         pairs = [line.split() for line in lines]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError:
         ranks = {}
-    # with all 256 bytes every text has tokens; <|endoftext|> gets the id after the last
+    # with all single bytes every text has tokens; <|endoftext|> gets the id after the last
     single_bytes = {bytes([b]) for b in range(256)}
     if set(ranks.values()) != set(range(len(ranks))) or not single_bytes <= ranks.keys():
-        die(f"{source[:200]!r} is not a .tiktoken file: each line has a token's bytes in base64 "
-            "and its id; all 256 single bytes are there, and the ids have no gap")
+        die(f"{source[:200]!r} is not a .tiktoken file with all bytes and with ids without a gap")
     return tiktoken.Encoding(
         "learned", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
 
 
 def tokenizer_text(ranks):
-    """{token: id} as the text of a .tiktoken file, or "gpt2" if it is GPT-2's."""
+    """{token: id} as a .tiktoken file's text, or "gpt2" if it is GPT-2's."""
     tokens = sorted(ranks, key=ranks.get)
     text = "".join(f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in tokens)
     is_gpt2 = hashlib.sha256(text.encode()).hexdigest() == GPT2_SHA256
@@ -450,12 +418,13 @@ def tokenizer_text(ranks):
 def learn_bpe(documents, vocab_size):
     """
     Byte pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): start from the 256 bytes; again
-    and again, the most frequent pair of neighbours becomes a token of its own. Returns the text of
-    a .tiktoken file.
+    and again, the most frequent pair of neighbours becomes a token. Returns .tiktoken text.
     """
     import regex  # comes with tiktoken; like re, but knows \p{L}
 
-    counts = Counter(word for document in documents for word in regex.findall(SPLIT, document))
+    counts = Counter()
+    for document in documents:
+        counts.update(regex.findall(SPLIT, document))
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < vocab_size - 1:  # one id is left for <|endoftext|>
@@ -475,7 +444,7 @@ def learn_bpe(documents, vocab_size):
 
 
 def bytes_to_unicode():
-    """{byte: letter}: GPT-2's way to spell every byte as a printable character."""
+    """{byte: letter}: how GPT-2's files spell every byte as a printable character."""
     letters = {b: chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "}
     others = [b for b in range(256) if b not in letters]
     return letters | {b: chr(256 + n) for n, b in enumerate(others)}
@@ -483,8 +452,8 @@ def bytes_to_unicode():
 
 def vocab_and_merges(encoding):
     """
-    A tokenizer as OpenAI published GPT-2's, and as `transformers` reads it: the bytes of
-    vocab.json, {token: id}, and of merges.txt, the pairs in the order in which they are merged.
+    A tokenizer in the two files of OpenAI's GPT-2, which `transformers` reads: the bytes of
+    vocab.json, {token: id}, and of merges.txt, the pairs in the order of merging.
     """
     ranks = encoding._mergeable_ranks
     letters = bytes_to_unicode()
@@ -507,21 +476,16 @@ def vocab_and_merges(encoding):
 
 
 def read_vocab(folder):
-    """
-    The tokenizer of a folder with vocab.json and merges.txt, as `vocab_and_merges` makes them: the
-    text of a .tiktoken file, or "gpt2" if it is GPT-2's. Ends the run if it is of another kind.
-    """
+    """The tokenizer of a folder with these two files, as `tokenizer_text` gives it."""
     bytes_of = {letter: b for b, letter in bytes_to_unicode().items()}
     with reading(folder, "a folder with a vocabulary of GPT-2's kind"):
         vocab = read_json(os.path.join(folder, "vocab.json"))
-        with open(os.path.join(folder, "merges.txt"), encoding="utf-8") as f:
-            merges = f.read().split("\n")[1:]  # without "#version: 0.2"
-        merged = [pair.replace(" ", "") for pair in merges if pair]
+        lines = read_lines(os.path.join(folder, "merges.txt"))
+        merged = [pair.replace(" ", "") for _, pair in lines][1:]  # without "#version: 0.2"
         tokens = sorted(vocab, key=vocab.get)
         if tokens[256:] != merged + [EOT] or sorted(vocab.values()) != list(range(len(tokens))):
-            raise ValueError(f"ids must be 256 bytes, merges in the order of merges.txt, {EOT}")
-        spelled = enumerate(tokens[:-1])
-        ranks = {bytes(bytes_of[letter] for letter in token): id for id, token in spelled}
+            raise ValueError(f"ids are not of 256 bytes, then merges.txt, then {EOT}")
+        ranks = {bytes(map(bytes_of.get, token)): vocab[token] for token in tokens[:-1]}
     return tokenizer_text(ranks)
 
 
@@ -530,7 +494,7 @@ def read_vocab(folder):
 
 
 def text_files(pattern):
-    """The local files that `text=` names, in a fixed order."""
+    """The files that `text=` names, in a fixed order."""
     paths = []
     for part in [pattern] if os.path.exists(pattern) else pattern.split(","):
         # brackets in a name that exists are part of the name
@@ -546,19 +510,18 @@ def text_files(pattern):
 
 
 def fineweb_files():
-    """Yields the parquet files of FineWeb-Edu's 10BT sample; each is downloaded when it is due."""
+    """Yields FineWeb-Edu's parquet files; each is downloaded when it is due."""
     repo = "datasets/HuggingFaceFW/fineweb-edu"
     folder = os.path.join(data, "parquet")
     listing = download(f"{hub()}/api/{repo}/tree/main/sample/10BT", f"{folder}/files.json")
-    names = sorted(entry["path"] for entry in read_json(listing))
-    for name in names:
+    for name in sorted(entry["path"] for entry in read_json(listing)):
         if name.endswith(".parquet"):
-            path = os.path.join(folder, os.path.basename(name))
+            path = f"{folder}/{os.path.basename(name)}"
             yield download(f"{hub()}/{repo}/resolve/main/{name}", path)
 
 
 def read_jsonl(path):
-    """Yields (line number, text), None where there is no text."""
+    """Yields (line number, text or None)."""
     for number, line in read_lines(path):
         try:
             text = json.loads(line)["text"]
@@ -570,7 +533,7 @@ def read_jsonl(path):
 
 
 def read_parquet(path):
-    """Yields (row number, the value in column text)."""
+    """Yields (row number, text or any other value)."""
     import pyarrow.parquet
 
     number = 0
@@ -582,19 +545,18 @@ def read_parquet(path):
 
 
 def read_documents(paths):
-    """Yields every document of the files, as a string."""
     readers = {".txt": read_lines, ".jsonl": read_jsonl, ".parquet": read_parquet}
     for path in paths:
         read = readers[os.path.splitext(path)[1]]
         for number, document in read(path):
             if not isinstance(document, str):
-                die(f'{path}, line or row {number}: there is no "text" that is a string')
+                die(f'{path}, line or row {number}: no "text" that is a string')
             yield document
 
 
 @functools.lru_cache
 def single_spaced(encoding):
-    """The same tokenizer with the faster pattern; building it takes a third of a second."""
+    """The tokenizer with the faster pattern; building it takes a third of a second."""
     import tiktoken
 
     return tiktoken.Encoding(
@@ -612,21 +574,19 @@ def cut_long_spaces(document, longest=100_000):
 
 def tokenize(documents, encoding):
     """
-    Yields the ids of each document, uint16, <|endoftext|> first, in order. Threads use all cores:
-    tiktoken works outside Python's global lock.
+    Yields the ids of each document, uint16, <|endoftext|> first. Threads use all cores: tiktoken
+    works outside Python's global lock.
     """
-    eot = np.array([encoding.eot_token], np.uint16)
     spaces_in_a_row = re.compile(r"\s\s")
     fast = single_spaced(encoding)
 
     def encode(document):
-        # text that spells <|endoftext|> is text
+        tokenizer, pieces = fast, [document]
         if spaces_in_a_row.search(document):
-            pieces = cut_long_spaces(document)
-            ids = [encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        else:
-            ids = [fast.encode_to_numpy(document, disallowed_special=())]
-        return np.concatenate([eot, *ids], dtype=np.uint16, casting="unsafe")
+            tokenizer, pieces = encoding, cut_long_spaces(document)
+        # text that spells <|endoftext|> is text
+        ids = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        return np.concatenate([[encoding.eot_token], *ids], dtype=np.uint16, casting="unsafe")
 
     def encode_batch(batch):
         return [encode(document) for document in batch]
@@ -644,8 +604,8 @@ def tokenize(documents, encoding):
 
 
 def tokenize_files(paths, encoding, skip=0):
-    """Yields the tokens of every document but the first `skip`."""
-    # file by file: tokenize reads ahead, and the next file may still have to be downloaded
+    """Yields the ids of all documents but the first `skip`."""
+    # file by file: tokenize reads ahead, and the next file may have to be downloaded first
     for path in paths:
         documents = read_documents([path])
         skip -= sum(1 for _ in islice(documents, skip))
@@ -654,8 +614,8 @@ def tokenize_files(paths, encoding, skip=0):
 
 def fill_shards(documents, progress):
     """
-    Joins the tokens of documents and cuts them into shards. Yields (shard, position, is_last). The
-    position is {documents, offset}: the shards so far hold that many whole documents, and `offset`
+    Joins the ids of documents and cuts them into shards. Yields (shard, position, is_last). The
+    position {documents, offset}: the shards so far hold that many whole documents, and `offset`
     tokens of the next. A full shard waits for the next token, which says that it is not the last.
     """
     n_documents, offset = progress["documents"], progress["offset"]
@@ -680,33 +640,10 @@ def fill_shards(documents, progress):
     yield shard[:used], dict(documents=n_documents, offset=offset), True
 
 
-def read_progress(path, run):
-    """
-    How far a run with these settings and files has come, the dict in progress.json. Ends the run
-    if the folder holds shards of other settings or files.
-    """
-    folder = os.path.dirname(path)
-    if not os.path.exists(path):
-        for name in os.listdir(folder):
-            if name.endswith((".npy", ".bin", ".tiktoken")):
-                die(f"{folder} holds {name}, and no progress.json that says whose it is: "
-                    "take another data=, or move it away")
-        return run | dict(shards=0, documents=0, offset=0, tokens=0)
-    progress = read_json(path, "a progress.json", f"delete {folder}, or take another data=")
-    # progress.json of earlier versions has no list of files
-    changed = [name for name in run if progress.get(name, run[name]) != run[name]]
-    if changed:
-        was = ", ".join(f"{name}={progress[name]}" for name in changed if name != "files")
-        die(f"{folder} was begun with {was or 'other text files, or other sizes of them'}: use the "
-            "same, take another data=, or delete the folder")
-    return progress
-
-
 if __name__ == "__main__":
     print_settings(configure(globals()))
     if max_tokens and max_tokens <= val_tokens:
-        die(f"max_tokens={max_tokens:,} leaves nothing to train on: "
-            f"the first val_tokens={val_tokens:,} are the validation set")
+        die(f"max_tokens={max_tokens:,} leaves nothing to train on after val_tokens={val_tokens:,}")
     if tokenizer == "learn" and not text:
         die("tokenizer=learn needs text=: it reads the text twice")
     paths = text_files(text) if text else fineweb_files()
@@ -720,12 +657,24 @@ if __name__ == "__main__":
     if text:
         run["files"] = [[path, os.path.getsize(path)] for path in paths]
     progress_file = os.path.join(data, "progress.json")
-    progress = read_progress(progress_file, run)
+    if os.path.exists(progress_file):
+        mend = f"delete {data}, or take another data="
+        progress = read_json(progress_file, "a progress.json", mend)
+    else:
+        for name in os.listdir(data):
+            if name.endswith((".npy", ".bin", ".tiktoken")):
+                die(f"{data} holds {name}, but no progress.json: take another data=, or move it")
+        progress = run | dict(shards=0, documents=0, offset=0, tokens=0)
+    for name, value in run.items():
+        # progress.json of earlier versions has no list of files
+        if progress.get(name, value) != value:
+            was = "other text files" if name == "files" else f"{name}={progress[name]}"
+            die(f"{data} was begun with {was}: use the same, or another data=")
     if progress.get("done"):
         print(f"{data} is finished: {progress['tokens']:,} tokens in {progress['shards']} shards")
         sys.exit(0)
 
-    # a vocabulary of its own goes with the shards: train_gpt2.py looks for it there
+    # train_gpt2.py looks for a vocabulary other than GPT-2's beside the shards
     tokenizer_file = os.path.join(data, "tokenizer.tiktoken")
     if progress["shards"]:
         source = tokenizer_file if os.path.exists(tokenizer_file) else "gpt2"
@@ -744,10 +693,9 @@ if __name__ == "__main__":
     documents = tokenize_files(paths, encoding, progress["documents"])
     for shard, position, is_last in fill_shards(documents, progress):
         number = progress["shards"]
-        if number == 0 and is_last:
-            die(f"the text has {len(shard):,} tokens, and the first val_tokens={val_tokens:,} are "
-                "the validation set: nothing is left to train on, lower val_tokens=")
         if number == 0:
+            if is_last:
+                die(f"the text has {len(shard):,} tokens, all for validation: lower val_tokens=")
             save_json(progress_file, progress, indent=1)
             if source != "gpt2":
                 save_text(tokenizer_file, source)

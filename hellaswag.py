@@ -7,9 +7,9 @@ a language model and chosen to fool such models. People are right 95% of the tim
     python hellaswag.py number=7     # another one
 
 A model as small as GPT-2 can't be asked "a, b, c or d?". It is asked in completion style: which
-ending does it find likeliest? `acc` compares the endings' summed losses; `acc_norm` compares their
-losses per token, so that a longer ending has no disadvantage. Guessing gives 0.25. OpenAI's models:
-gpt2 (124M) acc 0.2859, acc_norm 0.2955; gpt2-xl (1558M) 0.3842, 0.4893. To measure one:
+ending does it find likeliest? `acc` compares the endings' summed losses; `acc_norm` their losses
+per token, so that a longer ending has no disadvantage. Guessing gives 0.25. OpenAI's models: gpt2
+(124M) acc 0.2859, acc_norm 0.2955; gpt2-xl (1558M) 0.3842, 0.4893. To measure one:
 
     python train_gpt2.py init_from=gpt2 eval_only=True
 
@@ -20,7 +20,7 @@ A line of the questions file (the label counts from 0):
                  "is holding a rubik's cube.", "starts pulling up roofing on a roof."]}
 """
 import json
-from itertools import groupby, islice
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -44,10 +44,9 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 
 def load_questions(path, encoding, block_size=1024):
     """
-    The questions of a file, which is fetched if it is not there: [(context, endings, label), ...],
-    with the token ids of the context and of its four endings, and which of them is true. A context
-    loses its beginning where it would not fit before its longest ending. A question whose ending
-    alone does not fit is left out, and a line says how many are.
+    The questions of a file: [(context, endings, label), ...], with the token ids of the context and
+    of its four endings, and which of them is true. A context loses its beginning where it does not
+    fit before its longest ending. A question with an ending that does not fit is left out.
     """
     questions = []
     n_too_long = 0
@@ -61,25 +60,23 @@ def load_questions(path, encoding, block_size=1024):
             if not context or len(endings) != 4 or not 0 <= label < 4:
                 raise ValueError
         except (ValueError, LookupError, TypeError):
-            die(f'{path}, line {line_number}: not a question with "ctx", four "endings" and a '
-                f'"label" of 0 to 3: {line[:60]!r}')
-        # the last token of an ending is predicted only, it is no input
+            die(f'{path}, line {line_number}: no question with "ctx", 4 "endings", "label" 0 to 3')
+        # the last token of an ending is no input
         room = block_size - max(map(len, endings)) + 1
-        if room < 1:
-            n_too_long += 1
-        else:
+        if room > 0:
             questions.append((context[-room:], endings, label))
+        else:
+            n_too_long += 1
     if not questions:
         die(f"{path} holds no question that fits into block_size={block_size}")
-    is_first_process = not dist.is_initialized() or dist.get_rank() == 0
-    if n_too_long and is_first_process:
+    if n_too_long and not (dist.is_initialized() and dist.get_rank() > 0):
         print(f"HellaSwag: {n_too_long:,} of {n_too_long + len(questions):,} questions are left "
-              f"out, whose endings are longer than block_size={block_size}", flush=True)
+              f"out: endings longer than block_size={block_size}", flush=True)
     return questions
 
 
 def show_question(question, encoding):
-    """Prints the four rows of tokens that a model sees, the mask of those that count, the label."""
+    """Prints the four rows that a model sees, and the mask of the tokens that count."""
     context, endings, label = question
     for i, ending in enumerate(endings):
         print(f"\nending {i}" + (" (the true one: the label)" if i == label else ""))
@@ -90,8 +87,8 @@ def show_question(question, encoding):
 
 def make_batches(questions, tokens_at_once, is_cached):
     """
-    Yields lists of the questions' numbers. The contexts of a batch are equally long: they need no
-    padding. Its endings are of similar lengths: they need little.
+    Yields lists of the questions' numbers. The contexts of a batch are equally long and need no
+    padding, its endings are of similar lengths and need little.
     """
     lengths = [(len(context), max(map(len, endings))) for context, endings, _ in questions]
     order = sorted(range(len(questions)), key=lambda i: lengths[i])
@@ -108,8 +105,8 @@ def make_batches(questions, tokens_at_once, is_cached):
 @torch.no_grad()
 def predict(model, questions, prefill=None, device="cpu", tokens_at_once=4096):
     """
-    The ending that the model finds likeliest, for each question: (questions, 2), by summed loss and
-    by loss per token. model(idx (B, T)) -> logits (B, T, V).
+    The likeliest ending of each question, by summed loss and by loss per token: (questions, 2).
+    model(idx (B, T)) -> logits (B, T, V).
 
     A model with a KV cache need not compute each context four times: prefill(contexts (B, T), room)
     computes them once. It returns a function (idx (4B, E), targets (4B, E)) -> losses (n,), which
@@ -120,13 +117,12 @@ def predict(model, questions, prefill=None, device="cpu", tokens_at_once=4096):
         contexts = torch.tensor([questions[i][0] for i in batch])  # (B, T)
         endings = [torch.tensor(ending) for i in batch for ending in questions[i][1]]
         targets = pad_sequence(endings, batch_first=True, padding_value=-1)  # (4B, E)
-        # Shifted by one: the context's last token predicts the first of an ending. Padding comes
-        # after all that counts, where a causal model can't see it.
+        # Shifted by one: the context's last token predicts the first of an ending. The padding
+        # comes last, where a causal model can't see it.
         first = contexts[:, -1:].repeat_interleave(4, 0)  # (4B, 1)
         idx = torch.cat([first, targets[:, :-1].clamp(min=0)], 1)  # (4B, E)
         contexts = contexts[:, :-1].to(device)  # (B, T-1)
-        targets = targets.to(device)
-        idx = idx.to(device)
+        idx, targets = idx.to(device), targets.to(device)
         mask = targets >= 0
         if prefill:
             losses = prefill(contexts, idx.shape[1])(idx, targets)
@@ -144,14 +140,13 @@ def predict(model, questions, prefill=None, device="cpu", tokens_at_once=4096):
 
 def evaluate(model, questions, prefill=None, device="cpu"):
     """
-    (acc, acc_norm) of a model on the questions of `load_questions`; see `predict`. Where
-    torch.distributed runs, each process answers a part of them and the counts are summed: all
-    processes must call it.
+    (acc, acc_norm) of a model; see `predict`. Where torch.distributed runs, each process answers a
+    part of the questions: all must call it.
     """
     rank, world_size = 0, 1
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
-    part = list(islice(questions, rank, None, world_size))
+    part = questions[rank::world_size]
     labels = torch.tensor([label for _, _, label in part]).view(-1, 1)
     right = (predict(model, part, prefill, device) == labels).sum(0).to(device)  # (2,)
     if world_size > 1:
