@@ -9,8 +9,8 @@ GPT-2 (Radford et al. 2019), and the loop that trains it on the token shards of 
     # eight GPUs
     torchrun --standalone --nproc_per_node=8 train_gpt2.py batch_size=64
 
-    # what the trained model in out_dir says; its validation loss and HellaSwag score; a folder that
-    # transformers reads. init_from= names another model
+    # then, for the model in out_dir or the one that init_from= names: what it says; its validation
+    # loss and HellaSwag score; a folder that transformers reads
     python train_gpt2.py prompt="Hello, I'm a language model,"
     python train_gpt2.py init_from=gpt2 eval_only=True
     python train_gpt2.py export=mine
@@ -18,10 +18,9 @@ GPT-2 (Radford et al. 2019), and the loop that trains it on the token shards of 
 The defaults are the published recipe: 124M parameters, 524,288 tokens a step, 19,073 steps = 10B
 tokens of FineWeb-Edu. The loss starts at ln 50257 = 10.82, falls below 4 within the first thousand
 steps, and ends near 3.1, beside OpenAI's GPT-2.
-Data order is a pure function of (seed, step): the global batches are the same for any number of
-processes and after any resume. A run that was stopped in any way (Ctrl-C and SIGTERM save first)
-goes on with init_from=resume, with the settings that it had, and repeats the same loss curve. No
-state of a random generator is saved: nothing in a step is random, and samples have their own.
+Data order is a pure function of (seed, step), and nothing else in a step is random: the loss curve
+is the same for any number of processes. A run that was stopped in any way (Ctrl-C and SIGTERM save
+first) goes on with init_from=resume, with its settings, and repeats the same curve.
 Writes out_dir/{ckpt.pt, best.pt, log.csv, curves.png, samples.txt}.
 """
 import csv
@@ -50,10 +49,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-import fineweb
 import hellaswag
 from fineweb import (configure, die, download, get_tokenizer, hub, lock_folder, print_settings,
-                     read_json, reading, save_atomically, save_text, vocab_and_merges)
+                     read_json, read_vocab, reading, save_atomically, save_text, vocab_and_merges)
 
 # --------------------------------------------------------------------------------------------------
 # settings: `python train_gpt2.py name=value` overrides any; rules such as >= 1 are checked
@@ -93,8 +91,8 @@ compile: bool = None        # torch.compile the blocks for training; None = on C
 wandb_log = False           # mirror the log to Weights & Biases
 
 RENAMED = {"exam": "hellaswag_questions", "exam_file": "hellaswag_file"}
-# A resumed run keeps these settings of its checkpoint, but for what is typed. The sizes cannot be
-# changed. Another value of CURVE_SETTINGS changes the training, and is printed.
+# A resumed run keeps these settings, but for what is typed. The sizes cannot be changed. Another
+# value of CURVE_SETTINGS changes the training, and is printed.
 CURVE_SETTINGS = ("data block_size total_batch_size optimizer learning_rate min_lr warmup_steps "
                   "max_steps schedule weight_decay grad_clip seed dtype")
 SIZES = ("n_layer", "n_head", "n_embd")
@@ -148,8 +146,8 @@ class KVCache:
 
     def reorder(self, rows):
         """
-        Row i of the batch becomes what row rows[i] was (rows: a long tensor of any length). A row
-        that is named several times can be continued in several ways.
+        Row i becomes what row rows[i] was (rows: a long tensor of any length). A row that is named
+        several times can be continued in several ways.
         """
         used = self.kv[:, :, rows, :, :self.pos]
         n_layer, _, B, *rest = self.kv.shape
@@ -260,7 +258,7 @@ class GPT(nn.Module):
         """
         x (N, C) as `hidden` gives it, targets (N,) -> the loss, in nats: the sum of the targets'
         cross-entropies, each times its loss_weight (N,); None = the mean. And, without gradients,
-        each target's own cross-entropy (N,). The logits (N, V) are never held all at once.
+        each target's own cross-entropy (N,).
         """
         if loss_weight is None:
             loss_weight = torch.full_like(targets, 1 / len(targets), dtype=torch.float32)
@@ -295,11 +293,7 @@ class GPT(nn.Module):
         return decode(next_logits, idx, max_new_tokens, temperature, top_k, stop, generator)
 
     def prefill(self, contexts, room):
-        """
-        Computes contexts (B, T) once, for `hellaswag.predict`. Returns a function that continues
-        each of them with four rows: (rows, targets (4B, up to room)) -> the loss of every target
-        that is not -1, (n,).
-        """
+        """Contexts (B, T) -> the function that `hellaswag.predict` asks for, and describes."""
         B, T = contexts.shape
         kv_cache = KVCache(self.config, B, T + room, self.lm_head.weight)
         if T:
@@ -383,8 +377,8 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
                 compiled_loss=None):
         """
         x (N, C), weight (padded V, C), targets (N,), loss_weight (N,) -> the loss, and the
-        cross-entropy of each row (N,) without gradients; both in float32. with_gradients must be
-        told: inside this function, torch.is_grad_enabled() is always False.
+        cross-entropy of each row (N,); both in float32. with_gradients must be told: inside this
+        function, torch.is_grad_enabled() is always False.
         """
         dtype = matmul_dtype(x)
         rows_at_once = 4096
@@ -467,10 +461,9 @@ def beam_search(step, kv_cache, start, beam, max_new_tokens, stop):
 
 def load_model(name):
     """
-    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl (OpenAI's, from the hub); a folder as
-    save_pretrained writes it; its .safetensors file; or a .pt file of this script.
-    Returns the GPT, its tokenizer ("gpt2", or the text of a .tiktoken file), and of a .pt file
-    the whole checkpoint.
+    name: gpt2, gpt2-medium, gpt2-large or gpt2-xl, from the hub; a folder as save_pretrained writes
+    it; its .safetensors file; or a .pt file of this script. Returns the GPT, its tokenizer ("gpt2",
+    or the text of a .tiktoken file), and of a .pt file the whole checkpoint.
     """
     checkpoint = None
     if name.endswith(".pt"):
@@ -487,11 +480,11 @@ def load_model(name):
 
 
 def is_conv1d(key, w):
-    """Whether Hugging Face stores this weight transposed, (in, out): the matrices of the blocks."""
+    """Whether Hugging Face stores this weight as (in, out)."""
     return ".h." in key and w.dim() == 2
 
 
-# What a config.json may say beside the sizes, GPT-2's value first. Other values are other models.
+# What the config.json of a GPT-2 may say beside the sizes, its default first.
 GPT2_VALUES = dict(
     model_type=["gpt2"], activation_function=["gelu_new", "gelu_pytorch_tanh"],
     layer_norm_epsilon=[1e-5], scale_attn_weights=[True],
@@ -499,7 +492,7 @@ GPT2_VALUES = dict(
 
 
 def safetensors_files(path):
-    """The files of a model: `path` itself, or those in the folder, where an index lists several."""
+    """`path` itself, or the files in the folder, where an index may list several."""
     if not os.path.isdir(path):
         return [path]
     names = ["model.safetensors"]
@@ -529,34 +522,27 @@ def read_hugging_face(name):
         for file in safetensors_files(name):
             for key, w in load_file(file).items():
                 weights[key.removeprefix("transformer.")] = w
-        wte = weights["wte.weight"]
+        wte = weights.pop("wte.weight")
     for key, accepted in GPT2_VALUES.items():
         if theirs.get(key, accepted[0]) not in accepted:
-            die(f"{name} is not a GPT-2: its config.json says {key}={theirs[key]}, GPT-2 has "
-                f"{accepted[0]}")
-    if not theirs.get("tie_word_embeddings", True):
-        if not torch.equal(weights.get("lm_head.weight", wte), wte):
-            die(f"{name} is not a GPT-2: its output matrix is not its embedding "
-                "(tie_word_embeddings=false)")
+            die(f"{name} is not a GPT-2: its config.json says {key}={theirs[key]}")
+    if not torch.equal(weights.pop("lm_head.weight", wte), wte):
+        die(f"{name} is not a GPT-2: its output matrix is not its embedding (tie_word_embeddings)")
     padded = F.pad(wte, (0, 0, 0, -len(wte) % 128))
     state = {"transformer.wte.weight": padded, "lm_head.weight": padded}
     for key, w in weights.items():
         # old files also hold the causal mask
-        is_mask = key.endswith((".attn.bias", ".attn.masked_bias"))
-        if key not in ("wte.weight", "lm_head.weight") and not is_mask:
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
             key = "transformer." + key
             state[key] = w.t() if is_conv1d(key, w) else w
     tokenizer = "gpt2"
     if os.path.exists(os.path.join(folder, "vocab.json")):
-        tokenizer = fineweb.read_vocab(folder)
+        tokenizer = read_vocab(folder)
     return config, state, tokenizer
 
 
 def write_hugging_face(model, folder, encoding=None):
-    """
-    Writes config.json and model.safetensors, which transformers' GPT2LMHeadModel reads, and,
-    given the tokenizer, vocab.json and merges.txt, which its GPT2Tokenizer reads.
-    """
+    """A folder for transformers' GPT2LMHeadModel and, given the tokenizer, its GPT2Tokenizer."""
     from safetensors.torch import save
 
     c, state = model.config, model.state_dict()
@@ -578,18 +564,17 @@ def write_hugging_face(model, folder, encoding=None):
 
 
 def check_shapes(path, own, given):
-    """Ends the run unless the tensors that a file gives, {name: shape}, are those of `own`."""
+    """Ends the run unless the shapes in a file, {name: shape}, are those of `own`."""
     wrong = [f"{key} is missing" for key in own if key not in given]
     wrong += [f"{key} is unknown" for key in given if key not in own]
     for key in own:
         if key in given and tuple(own[key]) != tuple(given[key]):
             wrong.append(f"{key} is {tuple(given[key])} instead of {tuple(own[key])}")
     if wrong:
-        die(f"{path} is of another shape, {len(wrong)} tensors do not fit: {'; '.join(wrong[:5])}")
+        die(f"{path} is of another shape: {len(wrong)} tensors, as {'; '.join(wrong[:5])}")
 
 
 def load_weights(model, state, path):
-    """load_state_dict; ends the run with one line if a tensor is missing or has another shape."""
     check_shapes(path, {key: w.shape for key, w in model.state_dict().items()},
                  {key: w.shape for key, w in state.items()})
     model.load_state_dict(state)
@@ -605,12 +590,11 @@ def read_shard_tokenizer(folder):
 
 
 def vocab_size_of(tokenizer):
-    """The number of tokens. GPT-2's is known: its vocabulary may have to be downloaded."""
+    # GPT-2's is known: its vocabulary may have to be downloaded
     return 50257 if tokenizer == "gpt2" else get_tokenizer(tokenizer).n_vocab
 
 
 def same_tokenizer(one, other):
-    """Whether two tokenizers ("gpt2", or the text of a .tiktoken file) have the same tokens."""
     if one == other or vocab_size_of(one) != vocab_size_of(other):
         return one == other
     return get_tokenizer(one)._mergeable_ranks == get_tokenizer(other)._mergeable_ranks
@@ -628,33 +612,31 @@ def open_shard(path):
         header = np.fromfile(path, np.int32, 256)
         n = (os.path.getsize(path) - 1024) // 2
         if list(header[:3]) != [20240520, 1, n]:
-            die(f"{path} is not a .bin shard of GPT-2 tokens, which begins with 20240520 and 1, or "
-                "was cut short: copy or write it again")
+            die(f"{path} is no .bin shard (magic number 20240520) or was cut short: copy it again")
         return np.memmap(path, np.uint16, "r", 1024, n)
     with reading(path, "a whole .npy file", "write it again"):
         shard = np.load(path, mmap_mode="r")
     if shard.ndim != 1 or shard.dtype != np.uint16:
-        die(f"{path} holds {shard.dtype} of shape {shard.shape}; a shard is one row of uint16")
+        die(f"{path}: a shard is one row of uint16, not {shard.dtype} {shard.shape}")
     return shard
 
 
 class Loader:
     """
-    The sequences of one split's shards, in an order that has no state: sequence number `i` of the
-    endless stream of epochs is a pure function of (seed, i). Epoch e is the permutation that the
-    generator of (seed, e) makes. So nothing about the data has to be saved for a resume, and any
-    number of processes can share out the same global batches. seed=None: the order of the text.
+    The sequences of one split's shards, as an endless stream of epochs. Sequence i of the stream is
+    a pure function of (seed, i): epoch e is the permutation that the generator of (seed, e) makes.
+    So a resume needs no saved state, and any number of processes can share out the same global
+    batches. seed=None: the order of the text.
     """
 
     def __init__(self, folder, split, T, vocab_size, seed=None):
         pattern = os.path.join(glob.escape(folder), f"*{split}*")
         paths = [path for path in sorted(glob.glob(pattern)) if path.endswith((".npy", ".bin"))]
         if not paths:
-            die(f"no {split} shards (*{split}*.npy or .bin) in {folder}: write them with "
-                f"`python fineweb.py data={folder}`")
+            die(f"no {split} shards in {folder}: write them with `python fineweb.py data={folder}`")
         self.shards = [open_shard(path) for path in paths]
         self.T, self.vocab_size, self.seed = T, vocab_size, seed
-        self.epoch = None  # the epoch whose permutation is at hand, in self.order
+        self.epoch = None  # whose permutation self.order is
         # the target of a shard's last token is in no shard
         n_seqs = [max(0, (len(shard) - 1) // T) for shard in self.shards]
         self.ends = np.cumsum(n_seqs)
@@ -663,29 +645,26 @@ class Loader:
             die(f"the {split} shards in {folder} are shorter than block_size={T}")
 
     def sequences(self, numbers):
-        """Numbers in the stream -> token ids (n, T+1)."""
+        """Numbers in the stream (n,) -> token ids (n, T+1)."""
         rows = np.empty((len(numbers), self.T + 1), dtype=np.int64)
         for row, number in zip(rows, numbers):
-            epoch, i = divmod(int(number), self.n_seq)
+            epoch, i = divmod(number, self.n_seq)
             if self.seed is not None:
                 if epoch != self.epoch:
                     rng = np.random.default_rng((self.seed, epoch))
                     self.epoch, self.order = epoch, rng.permutation(self.n_seq)
-                i = int(self.order[i])
-            shard = int(np.searchsorted(self.ends, i, side="right"))
-            first = int(self.ends[shard - 1]) if shard else 0  # number of the shard's sequence 0
+                i = self.order[i]
+            shard = np.searchsorted(self.ends, i, side="right")
+            first = self.ends[shard - 1] if shard else 0  # number of the shard's sequence 0
             start = (i - first) * self.T
             row[:] = self.shards[shard][start:start + self.T + 1]
         if rows.max() >= self.vocab_size:
-            die(f"the shards hold token id {rows.max()}, and the model has {self.vocab_size} "
-                "tokens: they come from another tokenizer")
+            die(f"the shards hold token id {rows.max()}, the model has {self.vocab_size} tokens: "
+                "they come from another tokenizer")
         return torch.from_numpy(rows)
 
     def batches(self, all_numbers, device):
-        """
-        Yields `sequences(numbers)` on the device for each of all_numbers. While the caller
-        computes with one, a thread reads the next.
-        """
+        """Yields `sequences(numbers)` for each of all_numbers. A thread reads one ahead."""
         cuda = "cuda" in device
 
         def read(numbers):
@@ -708,15 +687,14 @@ class Loader:
 
 
 class Process(NamedTuple):
-    """Which of the processes that train together this is, and how it computes."""
+    """Which of the processes this is, and where and how it computes."""
     rank: int
     world_size: int
     device: str
-    dtype: torch.dtype  # of matmuls: bfloat16 or float32. Trained weights are float32 in both
+    dtype: torch.dtype  # of matmuls; trained weights are float32
 
     def autocast(self):
-        """`with process.autocast():` runs matmuls in `dtype`."""
-        device_type = self.device.split(":")[0]
+        device_type = torch.device(self.device).type
         return torch.autocast(device_type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
@@ -731,9 +709,8 @@ def has_bfloat16(device):
 
 def keep_freed_memory():
     """
-    Linux's malloc gives blocks above 32 MB back to the system at once, and each new one then costs
-    a page fault every 4 kB. Activations are such blocks. To keep them instead makes a CNN 2 to 3
-    times faster on a CPU.
+    Linux's malloc gives blocks above 32 MB, such as activations, back to the system at once, and
+    each new one costs a page fault every 4 kB. Keeping them makes a CNN 2 to 3 times faster.
     """
     with suppress(OSError, AttributeError):  # another C library than glibc
         libc = ctypes.CDLL("libc.so.6")
@@ -744,21 +721,22 @@ def keep_freed_memory():
 
 def setup(device, dtype):
     """
-    Under torchrun, one process a GPU (nccl) or a CPU worker (gloo); else one process on the best
-    device there is. device, dtype: settings of the same names. Returns a Process.
+    The Process, from the settings device and dtype. Under torchrun there is one for each GPU (nccl)
+    or CPU worker (gloo).
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    present = ["cpu"]
     # gloo, which joins processes without CUDA, knows no mps
-    present = {"cuda": torch.cuda.is_available(),
-               "mps": torch.backends.mps.is_available() and world_size == 1,
-               "cpu": True}
-    device = device or next(name for name in present if present[name])
+    if torch.backends.mps.is_available() and world_size == 1:
+        present.insert(0, "mps")
+    if torch.cuda.is_available():
+        present.insert(0, "cuda")
+    device = device or present[0]
     device_type = device.split(":")[0]
-    if not present.get(device_type):
-        here = [name for name in present if present[name]]
-        die(f"device={device}: this machine has {', '.join(here)}")
+    if device_type not in present:
+        die(f"device={device}: this machine has {', '.join(present)}")
     cuda = device_type == "cuda"
     if device == "cuda" and world_size > 1:
         device = f"cuda:{local_rank}"
@@ -771,7 +749,7 @@ def setup(device, dtype):
     elif dtype == "bfloat16" and device_type != "mps" and not has_bfloat16(device) and rank == 0:
         print(f"dtype=bfloat16: this {device_type} only emulates it; float32 is far faster here")
     if world_size > 1 and not dist.is_initialized():
-        # an hour, as the others wait while one process downloads a model
+        # an hour: the others wait while one process downloads a model
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),
                                 device_id=torch.device(device) if cuda else None)
         sys.excepthook = report_lost_process
@@ -785,7 +763,7 @@ def setup(device, dtype):
 
 
 def distribute(model, process):
-    """The model; if there are several processes, inside of DDP, which averages the gradients."""
+    """The model; if there are several processes, in DDP, which averages the gradients."""
     if process.world_size == 1:
         return model
     # as views of DDP's buckets, gradients need no second copy
@@ -794,22 +772,18 @@ def distribute(model, process):
 
 
 def report_lost_process(kind, problem, trace):
-    """The excepthook under torchrun: if another process died, that is all that needs to be said."""
+    """The excepthook under torchrun: if another process died, that is all that needs saying."""
     text = str(problem)
     if issubclass(kind, RuntimeError) and ("gloo" in text or "NCCL" in text):
-        print(f"\nerror: process {os.environ['RANK']} lost another process of this run "
-              f"({text.splitlines()[0]}). Look for its message above; then go on from the last "
-              "checkpoint with init_from=resume", file=sys.stderr, flush=True)
+        print(f"\nerror: process {os.environ['RANK']} lost another process: look for its message "
+              f"above, then go on with init_from=resume ({text.splitlines()[0]})", file=sys.stderr)
     else:
         sys.__excepthook__(kind, problem, trace)
 
 
 @contextmanager
 def local_main_process_first(process):
-    """
-    The first process of each machine runs the block alone, then the others run it. They find what
-    it has downloaded.
-    """
+    """The first process of a machine runs the block, then the others: they find its downloads."""
     is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not is_first:
         dist.barrier()
@@ -819,13 +793,12 @@ def local_main_process_first(process):
 
 
 def wait_for_all(process):
-    """Each process waits here until all have come."""
     if process.world_size > 1:
         dist.barrier()
 
 
 def finish(process):
-    """Ends the script, all processes together: rank 0 may still be writing."""
+    """Ends all processes together: rank 0 may still be writing."""
     wait_for_all(process)
     if process.world_size > 1:
         dist.destroy_process_group()
@@ -833,7 +806,7 @@ def finish(process):
 
 
 def all_reduce_sum(process, *numbers):
-    """The sums of some numbers over all processes, as floats."""
+    """The sum of each number over all processes."""
     if process.world_size == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64, device=process.device)
@@ -841,32 +814,29 @@ def all_reduce_sum(process, *numbers):
     return total.tolist()
 
 
-def my_sequences(steps, grad_accum_steps, B, process):
+def my_sequences(micro_steps, B, process):
     """
-    This process's part of the global batch of each step: B numbers for `Loader.sequences` for every
-    micro-batch. All processes together take the same numbers, however many they are.
+    This process's B numbers for `Loader.sequences`, for each micro-step. In a whole step, all
+    processes together take the same numbers, however many they are.
     """
-    for step in steps:
-        for micro in range(grad_accum_steps):
-            first = (step * grad_accum_steps + micro) * process.world_size * B
-            first += process.rank * B
-            yield range(first, first + B)
+    for micro_step in micro_steps:
+        first = (micro_step * process.world_size + process.rank) * B
+        yield range(first, first + B)
 
 
 # --------------------------------------------------------------------------------------------------
-# torch.compile, for each block by itself: all blocks share one compiled program, which is ready
-# after seconds, where the whole model takes a minute. Of the loss, only what happens to the logits
-# of one chunk is compiled: with the loop over the chunks in the graph, it would be unrolled, and
-# the logits of all chunks kept.
+# torch.compile, for each block by itself: all blocks share one program, which is ready in seconds;
+# the whole model takes a minute. Of the loss, only the work on one chunk's logits is compiled: the
+# loop over the chunks would be unrolled, and the logits of all chunks kept.
 
 
 def should_compile(compile, process):
-    """The setting `compile`; None means: on CUDA, if Triton, the compiler for GPUs, is there."""
+    """The setting `compile`; None means: on CUDA, if Triton, its compiler, is there."""
     if compile is not None or "cuda" not in process.device:
         return bool(compile)
     from torch.utils._triton import has_triton
     if not has_triton() and process.rank == 0:
-        print("training is not compiled: this installation or this GPU has no Triton")
+        print("training is not compiled: there is no Triton for this GPU")
     return has_triton()
 
 
@@ -878,8 +848,8 @@ def compile_for_training(model):
 
 def uncompiled(compiled):
     """
-    `with uncompiled(compiled):` runs compiled blocks as plain PyTorch. Evaluation and samples have
-    inputs of many shapes, and each would be compiled anew.
+    A context in which compiled blocks run as plain PyTorch: evaluation and samples have many
+    shapes, and each would be compiled anew.
     """
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
@@ -951,46 +921,48 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95)):
     """
-    The optimizers that together hold every trainable parameter once. "adamw": AdamW for all.
-    "muon": Muon for the matrices inside blocks, AdamW for the rest. Matrices decay; biases, norms
-    and gates, which have no direction to shrink in, do not.
+    "adamw": AdamW for all trainable parameters. "muon": Muon for the matrices inside blocks, AdamW
+    for the rest. Matrices decay; biases, norms and gates do not.
     """
-    params = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    muon_names = []
-    if name == "muon":
-        muon_names = [k for k, p in params.items()
-                      if p.dim() == 2 and not k.endswith(("wte.weight", "wpe.weight"))]
-    adamw_params = [p for k, p in params.items() if k not in muon_names]
-    groups = [dict(params=[p for p in adamw_params if p.dim() >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in adamw_params if p.dim() < 2], weight_decay=0.0)]
+    for_muon, decayed, not_decayed = [], [], []
+    for key, p in model.named_parameters():
+        is_embedding = key.endswith(("wte.weight", "wpe.weight"))
+        if not p.requires_grad:
+            continue
+        elif name == "muon" and p.dim() == 2 and not is_embedding:
+            for_muon.append(p)
+        elif p.dim() >= 2:
+            decayed.append(p)
+        else:
+            not_decayed.append(p)
+    groups = [dict(params=decayed, weight_decay=weight_decay),
+              dict(params=not_decayed, weight_decay=0.0)]
     optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
-    if muon_names:
-        optimizers.append(Muon([params[k] for k in muon_names], learning_rate, weight_decay))
+    if for_muon:
+        optimizers.append(Muon(for_muon, learning_rate, weight_decay))
     held = [p for optimizer in optimizers for group in optimizer.param_groups
             for p in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, params.values())), \
-        "every trainable parameter belongs to exactly one group"
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sorted(map(id, held)) == sorted(map(id, trained)), "each belongs to exactly one group"
     return optimizers
 
 
 def resume_optimizers(optimizers, checkpoint, path):
-    """Loads the optimizers' averages from a checkpoint. The weight decay asked for stays."""
+    """Loads the optimizers' averages. The weight decay asked for stays."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+            for group, saved in zip(optimizer.param_groups, state["param_groups"]):
+                saved["weight_decay"] = group["weight_decay"]
             optimizer.load_state_dict(state)
-            for group, weight_decay in zip(optimizer.param_groups, weight_decays):
-                group["weight_decay"] = weight_decay
     except (ValueError, KeyError):
-        die(f"{path} was written with other optimizer settings "
-            f"(optimizer={checkpoint['settings']['optimizer']}): resume with the same")
+        die(f"{path} is of other optimizers: resume with "
+            f"optimizer={checkpoint['settings']['optimizer']}")
 
 
 def optimizer_step(model, optimizers, lr, grad_clip, step):
     """
-    Clips the gradients of the trainable parameters to a joint norm (grad_clip=0: not at all),
-    steps, and forgets them. Returns the norm before clipping. A norm that is not finite ends the
-    run before any weight has changed.
+    Clips the gradients to a joint norm (grad_clip=0: not at all), steps, and forgets them. Returns
+    the norm before clipping; if it is not finite, the run ends before any weight has changed.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     norm = float(nn.utils.clip_grad_norm_(params, grad_clip or math.inf))
@@ -1006,8 +978,8 @@ def optimizer_step(model, optimizers, lr, grad_clip, step):
 
 def check_finite(step, value, what):
     if not math.isfinite(value):
-        die(f"step {step}: {what} is {value}. Nothing was saved: the checkpoint on disk is the "
-            "last good one. Lower learning_rate=, or look for broken data")
+        die(f"step {step}: {what} is {value}. The checkpoint on disk is the last good one: lower "
+            "learning_rate=, or look for broken data")
 
 
 def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosine"):
@@ -1032,10 +1004,7 @@ def get_lr(step, learning_rate, min_lr, warmup_steps, max_steps, schedule="cosin
 
 
 def stop_signals():
-    """
-    A list that Ctrl-C and SIGTERM add to: the loop then saves and ends. A second signal ends the
-    process at once.
-    """
+    """A list that Ctrl-C and SIGTERM add to. The second signal ends the process at once."""
     asked = []
 
     def ask(number, frame):
@@ -1049,41 +1018,35 @@ def stop_signals():
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes the dict to `path`, whole or not at all."""
     save_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
 def save_run(folder, checkpoint, is_best):
     """
-    Writes folder/ckpt.pt and, if it is the best so far, folder/best.pt: two names of one file where
-    the file system has hard links. best.pt comes first: a run that is killed between the two
-    resumes from the older ckpt.pt, and finds the same best again.
+    Writes folder/ckpt.pt and, if is_best, folder/best.pt: two names of one file where there are
+    hard links. best.pt comes first: a run that is killed between the two resumes from the older
+    ckpt.pt, and finds the same best again.
     """
     last, best = os.path.join(folder, "ckpt.pt"), os.path.join(folder, "best.pt")
     if not is_best:
         save_checkpoint(last, checkpoint)
         return
     save_checkpoint(best, checkpoint)
-    with suppress(FileNotFoundError):
-        os.remove(last + ".tmp")
     try:
         os.link(best, last + ".tmp")
-    except OSError:
+    except OSError:  # no hard links here, or a killed run left the name
         shutil.copyfile(best, last + ".tmp")
     os.replace(last + ".tmp", last)
 
 
 class BackgroundWriter:
-    """
-    Writes checkpoints while training goes on: 1.5 GB take a disk some seconds, for which all GPUs
-    would wait. submit() copies the tensors to CPU memory and returns.
-    """
+    """Writes checkpoints while training goes on: 1.5 GB take a disk some seconds."""
 
     def __init__(self):
         self.pool, self.saving = ThreadPoolExecutor(1), None
 
     def submit(self, folder, checkpoint, is_best):
-        """save_run(folder, checkpoint, is_best), after the one before. Raises what that raised."""
+        """save_run of a copy in CPU memory. Raises what the one before raised."""
         self.wait()
         copy = tree_map_only(torch.Tensor, lambda t: t.detach().to("cpu", copy=True), checkpoint)
         self.saving = self.pool.submit(save_run, folder, copy, is_best)
@@ -1094,10 +1057,7 @@ class BackgroundWriter:
 
 
 def load_checkpoint(path, mmap=None):
-    """
-    A checkpoint is a dict of tensors, numbers and strings: loading one runs no code of its author.
-    mmap=True reads tensors only when they are used.
-    """
+    """Loading runs no code of the file. mmap=True reads tensors only when they are used."""
     if not os.path.exists(path):
         die(f"no checkpoint at {path}")
     with reading(path, "a checkpoint"):
@@ -1105,13 +1065,11 @@ def load_checkpoint(path, mmap=None):
 
 
 def warn_changed(settings, checkpoint, names):
-    """Prints which of these settings are not what they were when the checkpoint was written."""
     was = checkpoint["settings"]
     changed = [f"{name}={settings[name]} (was {was[name]})" for name in names.split()
                if name in was and was[name] != settings[name]]
     if changed:
-        print("changed since the checkpoint, so that the run will not be what it would have been:",
-              ", ".join(changed), flush=True)
+        print("changed since the checkpoint:", ", ".join(changed), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1120,8 +1078,8 @@ def warn_changed(settings, checkpoint, names):
 
 class Log:
     """
-    out_dir/log.csv: a row a step. A run that resumes at step `start` first drops the rows from
-    there on. wandb: mirrors the rows to a run of start_wandb.
+    out_dir/log.csv: a row a step. A run that resumes at step `start` drops the rows from there on.
+    wandb: what start_wandb returned.
     """
 
     def __init__(self, path, columns, start, wandb=None):
@@ -1143,8 +1101,8 @@ class Log:
             with open(self.path, "a", newline="") as f:
                 self.writer(f).writerow(row)
         except OSError as problem:
-            die(f"{self.path} could not be written ({problem}): make room on the disk and go on "
-                "with init_from=resume")
+            die(f"{self.path} could not be written ({problem}): make room, then go on with "
+                "init_from=resume")
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if v is not None}, step=row["step"])
 
@@ -1158,12 +1116,11 @@ class Log:
 
 
 def read_log(path):
-    """The rows of a log.csv, as {column: number, or None where it is empty}."""
+    """The rows, {column: number or None}."""
     if not os.path.exists(path):
         return []
     rows = []
-    mend = "take the file away"
-    with reading(path, "a log", mend), open(path, newline="", encoding="utf-8-sig") as f:
+    with reading(path, "a log", "take the file away"), open(path, encoding="utf-8-sig") as f:
         for texts in csv.DictReader(f):
             # a killed process may leave half a line
             if None not in texts.values():
@@ -1173,27 +1130,26 @@ def read_log(path):
 
 
 def start_wandb(config):
-    """Weights & Biases, with a run of this name begun. Without a terminal it never asks."""
+    """Weights & Biases, with a run begun."""
     try:
         import wandb
     except ImportError:
         die("wandb_log=True needs the library: pip install wandb")
     try:
-        name = os.path.basename(config["out_dir"])
-        wandb.init(project="nanocaption", name=name, config=config)
+        wandb.init(project="nanocaption", name=os.path.basename(config["out_dir"]), config=config)
     except wandb.errors.Error as problem:
         die(f"wandb_log=True: {problem}")
     return wandb
 
 
 def curve(rows, column, scale=1):
-    """(steps, values) of the rows that have this column, for `plot`."""
+    """(steps, values) of the rows that have this column."""
     rows = [row for row in rows if row.get(column) is not None]
     return [row["step"] for row in rows], [scale * row[column] for row in rows]
 
 
 def pyplot():
-    """matplotlib, imported when something is to be drawn, and drawing into files."""
+    """matplotlib, imported only when something is drawn. Agg draws into files."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1201,7 +1157,7 @@ def pyplot():
 
 
 def plot(path, panels, xlabel="step"):
-    """Draws panels, three in a row: panels = {title: {label: (xs, ys)}}."""
+    """panels: {title: {label: (xs, ys)}}, drawn three in a row."""
     plt = pyplot()
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -1222,7 +1178,6 @@ def plot(path, panels, xlabel="step"):
 
 
 def draw_curves(path, rows, openai):
-    """Loss, learning rate and HellaSwag; openai: with the results of OpenAI's GPT-2 124M."""
     last = rows[-1]["step"]
     losses = {"train": curve(rows, "loss"), "validation": curve(rows, "val_loss")}
     panels = {"loss (nats a token)": losses, "learning rate": {"lr": curve(rows, "lr")}}
@@ -1238,7 +1193,7 @@ def draw_curves(path, rows, openai):
 
 @contextmanager
 def going_on(what):
-    """Samples and plots are no reason to end a run: what fails inside is said, and it goes on."""
+    """Samples and plots are no reason to end a run."""
     try:
         yield
     except Exception as problem:
@@ -1251,7 +1206,7 @@ def going_on(what):
 
 
 def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, seed, device):
-    """n continuations of a text, as strings. The text opens a document, as in training."""
+    """n continuations of a text, as strings."""
     idx = [encoding.eot_token] + encoding.encode_ordinary(text)
     # a text that is too long loses its beginning
     block_size = model.config.block_size
@@ -1266,23 +1221,20 @@ def continue_text(model, encoding, text, n, max_new_tokens, temperature, top_k, 
 @torch.no_grad()
 def evaluate(model, loader, batch_size, n_tokens, process):
     """
-    The mean loss over the first n_tokens of the split, in whole sequences, at least one; and the
-    number of these tokens. The processes share the work.
+    The mean loss over the first n_tokens, in whole sequences, at least one; and the number of
+    tokens. The processes share the work.
     """
-    loss, n = 0.0, 0
+    loss = 0.0
     end = min(loader.n_seq, max(1, n_tokens // loader.T))
     starts = range(process.rank * batch_size, end, process.world_size * batch_size)
     numbers = (range(start, min(start + batch_size, end)) for start in starts)
     for rows in loader.batches(numbers, process.device):  # (B, T+1)
         with process.autocast():
             loss += model(rows[:, :-1], rows[:, 1:]).item() * len(rows)
-        n += len(rows)
-    loss, n = all_reduce_sum(process, loss, n)
-    return loss / n, int(n) * loader.T
+    return all_reduce_sum(process, loss)[0] / end, end * loader.T
 
 
 def write_samples(folder, step, model, encoding, **sampling):
-    """Appends four samples of this step to folder/samples.txt."""
     # a learned vocabulary may have no words for GPT-2's opening
     opening = "Hello, I'm a language model," if encoding.name == "gpt2" else ""
     texts = continue_text(model, encoding, opening, 4, 32, **sampling)
@@ -1298,25 +1250,20 @@ def load_hellaswag(n, path, encoding, model, process, eval_only):
     if n == 0:
         return []
     with local_main_process_first(process):
-        questions = hellaswag.load_questions(path, encoding, model.config.block_size)[:n]
-    if not questions:
-        die(f"{path} holds no question: hellaswag_questions=0 does without")
-    return questions
+        return hellaswag.load_questions(path, encoding, model.config.block_size)[:n]
 
 
 def ask_hellaswag(model, questions, process):
-    """(acc, acc_norm) on the questions."""
     with process.autocast():
         return hellaswag.evaluate(model, questions, model.prefill, process.device)
 
 
 def count_micro_batches(tokens_per_step, B, T, world_size):
-    """How many micro-batches (B, T) each process works through in one step."""
     unit = B * T * world_size
     if tokens_per_step % unit:
         nearest = max(1, round(tokens_per_step / unit)) * unit
         die(f"total_batch_size={tokens_per_step} is not a multiple of batch_size x block_size x "
-            f"processes = {B} x {T} x {world_size}; the nearest is total_batch_size={nearest}")
+            f"processes = {B} x {T} x {world_size}: the nearest is total_batch_size={nearest}")
     return tokens_per_step // unit
 
 
@@ -1334,17 +1281,16 @@ def attention_backends(device):
 def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad_clip, process,
                step=0):
     """
-    One step on grad_accum_steps micro-batches (B, T+1). `model` is raw_model, or DDP around it.
+    One step on grad_accum_steps micro-batches (B, T+1). model: raw_model, or DDP around it.
     Returns this process's mean loss, and the norm of the gradient.
     """
     loss_sum = torch.zeros((), device=process.device)
     for micro in range(grad_accum_steps):
         rows = next(batches)
         if process.world_size > 1:
-            # DDP averages the gradients over the processes in each backward pass. That is needed
-            # only in the last one of a step, and this flag switches it. The official way, the
-            # context manager model.no_sync(), would need the body of this loop twice. DDP reads
-            # the flag in the forward pass.
+            # DDP averages gradients in each backward pass, which only the last one of a step needs.
+            # It reads this flag in the forward pass. The official way, the context manager
+            # model.no_sync(), would need the body of this loop twice.
             model.require_backward_grad_sync = micro == grad_accum_steps - 1
         with process.autocast(), sdpa_kernel(attention_backends(process.device), set_priority=True):
             # gradients add up over the micro-batches: divided, they become those of the mean
@@ -1355,7 +1301,7 @@ def train_step(model, raw_model, optimizers, batches, grad_accum_steps, lr, grad
 
 
 def peak_rss():
-    """The most memory that this process has had, in bytes; nan on Windows."""
+    """The most memory of this process so far, in bytes; nan on Windows."""
     try:
         import resource
     except ImportError:
@@ -1369,8 +1315,7 @@ def peak_memory(device):
     return torch.cuda.max_memory_allocated() if "cuda" in device else peak_rss()
 
 
-# Dense bfloat16 FLOPs a second, from the vendors' data sheets. The first name that is a part of
-# the GPU's own counts.
+# Dense bfloat16 FLOPs a second, from the data sheets. The first name in the GPU's own name counts.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12,
     "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
@@ -1386,8 +1331,8 @@ def peak_flops(gpu):
 
 def mfu(model, T, tokens_per_second, world_size=1):
     """
-    Model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B),
-    the part of the GPUs' peak that the matmuls use; nan where the peak is not known.
+    Model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B):
+    the part of the GPUs' peak that the matmuls use, or nan.
     """
     on_gpu = next(model.parameters()).is_cuda
     peak = peak_flops(torch.cuda.get_device_name()) if on_gpu else math.nan
@@ -1399,7 +1344,6 @@ def mfu(model, T, tokens_per_second, world_size=1):
 
 
 def print_start(model, n_tokens, config, shape, compiled, process):
-    """The first lines of a run: what a wrong set-up would show before a day is lost."""
     n_params = sum(p.numel() for p in model.parameters())
     tokens_per_step, max_steps = config["total_batch_size"], config["max_steps"]
     gpu = f" ({torch.cuda.get_device_name()})" if "cuda" in process.device else ""
@@ -1438,21 +1382,21 @@ def starting_point(init_from, out_dir, training, rank):
     """What to load: "scratch", or a name for load_model. A run is never trained over."""
     path = os.path.join(out_dir, "ckpt.pt")
     has_run = os.path.exists(path)
-    if training and has_run and init_from != "resume":
-        die(f"{out_dir} holds a run: init_from=resume goes on with it, another out_dir= keeps it")
     if init_from != "resume":
+        if training and has_run:
+            die(f"{out_dir} holds a run: go on with init_from=resume, or take another out_dir=")
         return init_from
-    if training and not has_run:
-        if rank == 0:
-            print(f"{out_dir} holds no checkpoint yet: starting at step 0")
-        return "scratch"
-    return path
+    if has_run or not training:
+        return path
+    if rank == 0:
+        print(f"{out_dir} holds no checkpoint yet: starting at step 0")
+    return "scratch"
 
 
 def preset(typed):
     """
-    Whoever asks for samples, an evaluation or an export means the trained run in out_dir. A resumed
-    run has the settings of its checkpoint. What is typed goes before both.
+    Samples, an evaluation and an export are of the run in out_dir. A resumed run has the settings
+    of its checkpoint. What is typed goes before both.
     """
     settings = {}
     if typed.get("prompt") or typed.get("export") or typed.get("eval_only"):
@@ -1465,8 +1409,8 @@ def preset(typed):
         settings |= {name: was[name] for name in names if name in was}
         for name in SIZES:
             settings[name] = sizes.get(name)
-            if typed.get(name, sizes.get(name)) != sizes.get(name):
-                die(f"{path} has {name}={sizes.get(name)} and keeps it: leave {name}= out")
+            if typed.get(name, settings[name]) != settings[name]:
+                die(f"{path} has {name}={settings[name]} and keeps it: leave {name}= out")
     return settings
 
 
@@ -1493,8 +1437,7 @@ if __name__ == "__main__":
             raw_model, tokenizer, checkpoint = load_model(source)
         config |= {name: getattr(raw_model.config, name) for name in SIZES}
         if vocab_size_of(tokenizer) > raw_model.config.vocab_size:
-            die(f"{source} has fewer tokens than its tokenizer: it needs a vocab.json and a "
-                "merges.txt of its own")
+            die(f"{source} has fewer tokens than its tokenizer: add a vocab.json and merges.txt")
     raw_model.to(device)
     B, T = batch_size, min(block_size, raw_model.config.block_size)
     if T < block_size and rank == 0:
@@ -1518,7 +1461,7 @@ if __name__ == "__main__":
         die(f"the shards in {data} were written with another tokenizer than {source} has")
     encoding = get_tokenizer(tokenizer)
     if eval_only:
-        # the loss comes first, as the questions may have to be downloaded
+        # before the questions, which may have to be downloaded
         loss, n_tokens = evaluate(raw_model, val, B, eval_tokens, process)
         if rank == 0:
             print(f"{init_from}: validation loss {loss:.4f} over {n_tokens:,} tokens", flush=True)
@@ -1543,10 +1486,9 @@ if __name__ == "__main__":
         if rank == 0:
             warn_changed(config, checkpoint, CURVE_SETTINGS)
     first_step = step
-    checkpoint = None  # all of it is in use by now: a second copy would only take memory
+    checkpoint = None  # a second copy would only take memory
     if all_reduce_sum(process, step)[0] != step * world_size:
-        die(f"not every process found the same {source}: out_dir= must be a folder that all "
-            "machines share")
+        die(f"not every process found the same {source}: all machines must share out_dir=")
     compiled = should_compile(compile, process)
     if compiled:
         compile_for_training(raw_model)
@@ -1560,8 +1502,8 @@ if __name__ == "__main__":
         print_start(raw_model, train.n_seq * T, config, f"{grad_accum_steps} x {B} x {T}",
                     compiled, process)
 
-    numbers = my_sequences(range(step, max_steps), grad_accum_steps, B, process)
-    batches = train.batches(numbers, device)
+    micro_steps = range(step * grad_accum_steps, max_steps * grad_accum_steps)
+    batches = train.batches(my_sequences(micro_steps, B, process), device)
     asked_to_stop, stop, writer = stop_signals(), 0, BackgroundWriter()
     while True:
         # evaluate; then save, before anything that may fail; then sample
@@ -1572,7 +1514,7 @@ if __name__ == "__main__":
                 if questions:
                     row["acc"], row["acc_norm"] = ask_hellaswag(raw_model, questions, process)
             check_finite(step, row["val_loss"], "the validation loss")
-        # also where a resumed run begins: a stop comes before an evaluation
+        # also where a resumed run begins: a stop came before its evaluation
         is_best = step > 0 and row.get("val_loss", math.inf) < best
         if rank == 0 and (is_best or step > first_step and ("val_loss" in row or stop)):
             best = min(best, row.get("val_loss", math.inf))
