@@ -47,7 +47,7 @@ import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -98,15 +98,12 @@ def splits_of(data):
 
 
 def load_captions(data, split):
-    """
-    Returns (images, captions): the entries of the json's "images", and for each of them the list of
-    its captions. Ends the run with one line if the file is not what cider.read_captions expects.
-    """
+    """(images, captions): the entries of the json's "images", and a list of captions for each."""
     path = captions_file(data, split)
     if not os.path.isdir(data):
         die(f"data={data}: no such folder")
     if not os.path.exists(path):
-        die(f"{path} is missing: {data} is not laid out as COCO 2017 is (python coco.py --help)")
+        die(f"{path} is missing: data={data} is not laid out as COCO 2017 is")
     try:
         images, captions = read_captions(path)
     except ValueError as problem:
@@ -124,15 +121,10 @@ def warn_overlap(data, split):
     """Prints one line if pictures of `split` are in train2017 too: same name, same bytes."""
     if split == "train2017":
         return
-    train_names = {image["file_name"] for image in load_captions(data, "train2017")[0]}
-    shared = []
-    for image in load_captions(data, split)[0]:
-        name = image["file_name"]
-        train_file = os.path.join(data, "train2017", name)
-        file = os.path.join(data, split, name)
-        if name in train_names and os.path.isfile(train_file) and os.path.isfile(file):
-            if filecmp.cmp(train_file, file, shallow=False):
-                shared.append(name)
+    names = {image["file_name"] for image in load_captions(data, split)[0]}
+    names &= {image["file_name"] for image in load_captions(data, "train2017")[0]}
+    folders = [os.path.join(data, folder) for folder in ("train2017", split)]
+    shared, _, _ = filecmp.cmpfiles(*folders, sorted(names), shallow=False)
     if shared:
         print(f"CAUTION: {len(shared):,} pictures of {split} are in train2017 too, such as "
               f"{shared[0]}: their scores say nothing about new pictures", flush=True)
@@ -140,8 +132,8 @@ def warn_overlap(data, split):
 
 def open_image(path, otherwise=die):
     """
-    The picture in a file, as 8-bit RGB: turned upright, transparent parts over white, 16-bit and
-    float values scaled. If it can't be read, returns otherwise(one line that says so).
+    A file as an upright picture in 8-bit RGB: transparent parts over white, 16-bit and float values
+    scaled. If it can't be read, returns otherwise(one line that says so).
     """
     try:
         with Image.open(path) as image:
@@ -163,11 +155,10 @@ def to_8_bits(image):
     if not np.isfinite(low + high):
         raise ValueError("it holds values that are not finite")
     ranges = [(0, 1)] if image.mode == "F" else [(0, 255), (0, 65535)]
-    for bottom, top in ranges:
+    for bottom, top in (*ranges, (low, high)):
         if bottom <= low and high <= top:
-            low, high = bottom, top
             break
-    scaled = (values - low) / max(high - low, 1e-300) * 255
+    scaled = (values - bottom) / max(top - bottom, 1e-300) * 255
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 
@@ -185,13 +176,11 @@ def metadata_file(path):
 
 def read_metadata(path):
     """What is known of a features file; {} if nothing is."""
-    if not os.path.exists(metadata_file(path)):
-        return {}
-    return read_json(metadata_file(path))
+    return read_json(metadata_file(path)) if os.path.exists(metadata_file(path)) else {}
 
 
 def manifest(images):
-    """Ties features to a json: how many images, and a hash of their names in this order."""
+    """Ties features to a json: the number of images, and a hash of their names in order."""
     names = "\n".join(image["file_name"] for image in images)
     return dict(images=len(images), names=hashlib.sha256(names.encode()).hexdigest())
 
@@ -199,69 +188,63 @@ def manifest(images):
 def open_features(path):
     """A .npy file of features as a memory-mapped array (images, S tokens, W width)."""
     with reading(path, "a whole .npy file", "delete it and encode again"):
-        # "c": writable in memory only; torch warns about arrays that it may not write to
+        # "c": writable in memory only; torch warns about read-only arrays
         features = np.lib.format.open_memmap(path, mode="c")
     if features.ndim != 3 or features.dtype.kind != "f":
-        die(f"{path} holds {features.dtype} of shape {features.shape}, but features are floats of "
-            "three dimensions: (images, tokens, width)")
+        die(f"{path} holds {features.dtype} of shape {features.shape}, not floats of three "
+            "dimensions: (images, tokens, width)")
     return features
 
 
 def load_features(data, encoder, split, images):
     """
-    Returns (features, metadata). images: the "images" of the json, in its order. features: a float
-    array (images, S tokens, W width), memory-mapped; row i belongs to images[i]. metadata: what
-    made them (encoder, weights, ...), and in which grid (rows, columns) the last tokens lie;
-    without these if another program made them.
+    Returns (features, metadata). features: a memory-mapped float array (images, S tokens, W width);
+    row i belongs to images[i], the i-th entry of the json's "images". metadata: what made them
+    (encoder, weights, ...) and the grid (rows, columns) of the last tokens, where this is known.
     Ends the run with one line if the features are incomplete, of other images, or not finite.
     """
     path = features_file(data, encoder, split)
+    captions_json = captions_file(data, split)
     command = f"`python coco.py data={data} encoder={encoder}`"
     metadata = read_metadata(path)
     if not os.path.exists(path):
         if os.path.exists(path + ".part") and metadata:
             done = metadata["done"] - len(metadata["bad"])
-            die(f"{path} is not finished: {done:,} of {metadata['images']:,} pictures are encoded; "
-                f"{command} continues")
+            die(f"{path}: {done:,} of {len(images):,} pictures are encoded; {command} continues")
         die(f"{path} is missing: make it with {command}")
     features = open_features(path)
     if len(features) != len(images):
-        die(f"{path} is of {len(features)} images, but {captions_file(data, split)} names "
-            f"{len(images)} images: delete it and run {command}")
-    if metadata.get("names", manifest(images)["names"]) != manifest(images)["names"]:
-        die(f"{path} was made from other pictures than {captions_file(data, split)} names, or in "
-            f"another order: delete it and run {command}")
+        die(f"{path} is of {len(features)} images, but {captions_json} of {len(images)} images: "
+            f"delete it and run {command}")
+    names = manifest(images)["names"]
+    if metadata.get("names", names) != names:
+        die(f"{path} is of other pictures than {captions_json}, or in another order: delete it "
+            f"and run {command}")
     train_path = features_file(data, encoder, "train2017")
     if os.path.exists(train_path):
         train_shape = open_features(train_path).shape[1:]
         if train_shape != features.shape[1:]:
-            die(f"{path} has {features.shape[1:]} (tokens, width) for each image, but {train_path} "
-                f"has {train_shape}: both must come from one encoder")
-    first_process = os.environ.get("RANK", "0") == "0"
-    if "encoder" not in metadata and first_process:
-        print(f"{path} is used as it is: no metadata beside it says what made it")
+            die(f"{path} has {features.shape[1:]} (tokens, width) an image, {train_path} has "
+                f"{train_shape}: both must come from one encoder")
     if not features.dtype.isnative:
         features = features.astype(features.dtype.newbyteorder("="))
-    # all of COCO is 9 GB: the metadata remembers for which version of the file this was done
+    # all of COCO is 9 GB: this is done once for each version of the file
     version = os.stat(path).st_mtime_ns
     if metadata.get("finite") != version:
         check_finite_features(path, features, images)
-        if first_process:
-            remember_finite(path, metadata, version)
+        remember_finite(path, metadata, version)
     return features, metadata
 
 
 def check_finite_features(path, features, images):
-    for start in range(0, len(features), 256):
-        finite = np.isfinite(features[start:start + 256]).all((1, 2))
-        if not finite.all():
-            row = start + int(finite.argmin())
-            die(f"{path}: row {row}, the features of {images[row]['file_name']}, holds NaN or "
-                "infinity: delete it and encode again")
+    for row, image in enumerate(images):
+        if not np.isfinite(features[row]).all():
+            die(f"{path}: row {row}, the features of {image['file_name']}, is not finite: delete "
+                "it and encode again")
 
 
 def remember_finite(path, metadata, version):
-    # another run may do the same at this moment; where nothing may be written, it is done each time
+    # another run may do the same at this moment; in a read-only folder it is checked each time
     temporary = f"{metadata_file(path)}.{os.getpid()}"
     with suppress(OSError):
         with open(temporary, "w", encoding="utf-8") as file:
@@ -279,8 +262,7 @@ COCO_ZIPS = dict(annotations="annotations/annotations_trainval2017.zip",
 def need_space(folder, n_bytes, what):
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
-        die(f"{what} needs {n_bytes / 1e9:,.1f} GB in {folder}, where {free / 1e9:,.1f} GB are "
-            "free: make room, or take another data=")
+        die(f"{what} needs {n_bytes / 1e9:,.1f} GB: in {folder} {free / 1e9:,.1f} GB are free")
 
 
 def missing_pictures(data, split):
@@ -294,19 +276,16 @@ def missing_pictures(data, split):
 def download_coco(data):
     """
     Downloads and unpacks what is missing of COCO 2017: 118,287 training and 5,000 validation
-    pictures. The zip of the annotations comes first and is deleted last: as long as it is there,
-    something is left to do.
+    pictures. The zip of the annotations is deleted last: while it is there, there is work to do.
     """
     import requests
 
-    incomplete = []
-    for split in SPLITS:
-        if split not in splits_of(data) or missing_pictures(data, split):
-            incomplete.append(split)
+    incomplete = [split for split in SPLITS
+                  if split not in splits_of(data) or missing_pictures(data, split)]
     if not incomplete:
         return
     endpoint = os.environ.get("COCO_ENDPOINT", "http://images.cocodataset.org").rstrip("/")
-    print(f"{data} holds no complete data set: COCO 2017 is downloaded from {endpoint}", flush=True)
+    print(f"COCO 2017 is downloaded from {endpoint} to {data}", flush=True)
     os.makedirs(data, exist_ok=True)
     urls = {part: f"{endpoint}/{COCO_ZIPS[part]}" for part in ("annotations", *incomplete)}
     sizes = []
@@ -321,24 +300,24 @@ def download_coco(data):
     present = glob.glob(os.path.join(data, "*2017.zip*"))
     for split in incomplete:
         present += glob.glob(os.path.join(data, split, "*"))
-    needed = sum(sizes) + max(sizes) - sum(os.path.getsize(file) for file in present)
-    need_space(data, needed, "COCO, with its largest zip,")
+    need_space(data, sum(sizes) + max(sizes) - sum(map(os.path.getsize, present)), "COCO")
     for part, url in urls.items():
         path = download(url, os.path.join(data, os.path.basename(url)))
         if part == "annotations":
+            annotations_zip = path
             unpack(path, data, "annotations/captions_")
             continue
         unpack(path, data, f"{part}/")
         missing = missing_pictures(data, part)
         if missing:
-            die(f"{path} lacks {len(missing):,} of the pictures in {captions_file(data, part)}, "
-                f"such as {missing[0]}: delete it and run the same command again")
+            die(f"{path} lacks {len(missing):,} of the pictures in {captions_file(data, part)}: "
+                "delete it and start again")
         os.remove(path)
-    os.remove(os.path.join(data, os.path.basename(urls["annotations"])))
+    os.remove(annotations_zip)
 
 
 def unpack(path, data, prefix):
-    """Extracts the files of a zip whose names begin with `prefix`, but for those already there."""
+    """Extracts the files of a zip whose names begin with `prefix`, if they are not there yet."""
     os.makedirs(data, exist_ok=True)
     try:
         with zipfile.ZipFile(path) as archive, tempfile.TemporaryDirectory(dir=data) as temporary:
@@ -354,32 +333,48 @@ def unpack(path, data, prefix):
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 os.replace(extracted, target)
     except (zipfile.BadZipFile, zlib.error, EOFError) as problem:
-        die(f"{path} is damaged ({problem}): delete it and run the same command again")
-    except OSError as problem:
-        die(f"{path} could not be unpacked ({problem}): make room and run the same command again")
+        die(f"{path} is damaged ({problem}): delete it and start again")
+
+
+# --------------------------------------------------------------------------------------------------
+# writing a data set in COCO's layout
+
+
+def add_image(content, image, captions, first_id=1):
+    """Adds an image and its captions, numbered from first_id on, to the content of a json."""
+    content["images"].append(image)
+    for caption in captions:
+        number = first_id + len(content["annotations"])
+        content["annotations"].append(dict(id=number, image_id=image["id"], caption=caption))
+
+
+def save_captions(data, contents, train_captions):
+    """
+    Writes the json of each split, and the training captions alone as train_captions.txt. The jsons
+    come last, train and val after test: once they are there, the data set is complete.
+    """
+    lines = [" ".join(caption.split()) + "\n" for caption in train_captions]
+    save_text(os.path.join(data, "train_captions.txt"), "".join(lines))
+    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
+    for split in sorted(contents):
+        save_json(captions_file(data, split), contents[split])
 
 
 # --------------------------------------------------------------------------------------------------
 # conversion of other data sets into COCO's layout
 
-# restval: what COCO's validation pictures had left over
+# restval: the rest of COCO's validation pictures
 SPLIT_NAMES = dict(train="train2017", restval="train2017", val="val2017", test="test2017")
 
 
 def folder_beside(path, *names):
     """The first of the folders `names` that stands beside the file `path`; else the file's own."""
-    beside = os.path.dirname(path)
-    for name in names:
-        if os.path.isdir(os.path.join(beside, name)):
-            return os.path.join(beside, name)
-    return beside
+    folders = [os.path.join(os.path.dirname(path), name) for name in names]
+    return next(filter(os.path.isdir, folders), os.path.dirname(path))
 
 
 def read_risc(path, pictures=None):
-    """
-    RISC's captions.csv (split, image, caption_1 ... caption_5) as a list of
-    (split, image id, path of the picture, captions).
-    """
+    """RISC's captions.csv as a list of (split, image id, path of the picture, captions)."""
     folder = pictures or folder_beside(path, "resized")
     entries = []
     with reading(path, "RISC's captions.csv"), open(path, newline="", encoding="utf-8-sig") as file:
@@ -387,8 +382,8 @@ def read_risc(path, pictures=None):
         for number, row in enumerate(rows, 1):
             # DictReader puts surplus fields under the key None, and None into missing fields
             if None in row or None in row.values():
-                die(f"{path}, line {rows.line_num}: it needs {len(rows.fieldnames)} fields, as the "
-                    'header has; a caption with a comma must stand in quotes: "a, b"')
+                die(f"{path}, line {rows.line_num}: it needs {len(rows.fieldnames)} fields; a "
+                    'caption with a comma must stand in quotes: "a, b"')
             captions = [row[f"caption_{k}"] for k in range(1, 6)]
             entries.append((row["split"], number, os.path.join(folder, row["image"]), captions))
     return entries
@@ -402,7 +397,7 @@ def read_karpathy(path, pictures=None):
     entries = []
     with reading(path, "one of Karpathy's dataset_*.json"):
         images = read_json(path)["images"]
-        # COCO's own ids, if all have one: else they could meet the numbers of the others
+        # COCO's own ids if all have one, else numbers: in a mixture, two could be the same
         has_ids = all("cocoid" in image for image in images)
         for number, image in enumerate(images, 1):
             picture = os.path.join(folder, image.get("filepath", ""), image["filename"])
@@ -412,48 +407,34 @@ def read_karpathy(path, pictures=None):
     return entries
 
 
-def turn(path, k, target):
-    """Writes the picture `path` in orientation k: mirrored if k > 3, turned k % 4 times by 90."""
-    image = open_image(path)
-    image = ImageOps.mirror(image) if k > 3 else image
-    image = image.rotate(90 * (k % 4), expand=True)
-    image.save(target + ".tmp", "JPEG", quality=95)
-    os.replace(target + ".tmp", target)
-
-
-def add_turned(content, paths, folder):
-    """Adds 7 further orientations of each picture to the content of a captions file."""
-    captions = {}
-    for row in content["annotations"]:
-        captions.setdefault(row["image_id"], []).append(row["caption"])
-    for image, path in zip(tqdm(list(content["images"]), desc="turning", mininterval=1), paths):
-        stem = os.path.splitext(image["file_name"])[0]
+def add_turned(content, pictures, folder):
+    """Writes 7 further orientations of each picture, and adds each with all captions."""
+    for image_id, path, captions in tqdm(pictures, desc="turning", mininterval=1):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        upright = open_image(path)
+        mirrored = ImageOps.mirror(upright)
         for k in range(1, 8):
             name = f"{stem}_turned{k}.jpg"
-            turn(path, k, os.path.join(folder, name))
-            content["images"].append(dict(id=f"{image['id']}_turned{k}", file_name=name))
-            for caption in captions[image["id"]]:
-                number = len(content["annotations"]) + 1
-                content["annotations"].append(dict(id=number, image_id=f"{image['id']}_turned{k}",
-                                                   caption=caption))
+            picture = (mirrored if k > 3 else upright).rotate(90 * (k % 4), expand=True)
+            picture.save(os.path.join(folder, name), quality=95)
+            add_image(content, dict(id=f"{image_id}_turned{k}", file_name=name), captions)
 
 
 def convert(entries, data, turned=False, keep=None):
     """
-    Writes what read_risc and read_karpathy return as a data set in the folder `data`, and its
-    training captions alone, in random order, as train_captions.txt. Its pictures are hard links,
-    where the file system has them. Pictures that are missing or have no caption are left out and
-    counted. Nothing is written if the entries are not a data set. turned: each training picture is
-    there in 8 orientations, each with all its captions; a picture from above has no upright one.
-    keep: only the two captions with the fewest words ("short") or the most ("long").
+    Writes what read_risc and read_karpathy return as a data set, or nothing if it is not one.
+    Pictures that are missing or have no caption are left out and counted. turned: each training
+    picture is there in 8 orientations, with the same captions: from above, none is upright. keep:
+    only the two captions with the fewest words ("short") or the most ("long").
     """
-    sets, files, left_out, n_empty = {}, {}, [], 0
+    contents, pictures = {}, {}  # of each split
+    left_out, n_empty = [], 0
     for split, image_id, path, captions in entries:
         if split not in SPLIT_NAMES:
             die(f"{path} is of the split {split!r}; known are {', '.join(SPLIT_NAMES)}")
         for caption in captions:
             if not isinstance(caption, str):
-                die(f"{path}: a caption of it is {caption!r}, not text")
+                die(f"{path}: a caption is {caption!r}, not text")
         texts = [caption.strip() for caption in captions if caption.strip()]
         n_empty += len(captions) - len(texts)
         if keep:
@@ -463,29 +444,24 @@ def convert(entries, data, turned=False, keep=None):
             left_out.append(path)
             continue
         split = SPLIT_NAMES[split]
-        content = sets.setdefault(split, dict(images=[], annotations=[]))
-        content["images"].append(dict(id=image_id, file_name=os.path.basename(path)))
-        for caption in texts:
-            number = len(content["annotations"]) + 1
-            content["annotations"].append(dict(id=number, image_id=image_id, caption=caption))
-        files.setdefault(split, []).append(path)
+        pictures.setdefault(split, []).append((image_id, path, texts))
+        content = contents.setdefault(split, dict(images=[], annotations=[]))
+        add_image(content, dict(id=image_id, file_name=os.path.basename(path)), texts)
     if left_out or n_empty:
         print(f"left out: {n_empty:,} empty captions, and {len(left_out):,} of {len(entries):,} "
-              f"pictures, which are missing or have no caption {left_out[:1]}")
-    if "train2017" not in sets:
+              f"pictures without a file or a caption {left_out[:1]}")
+    if "train2017" not in pictures:
         die("there is no picture to train on: name their folder with pictures=")
-    for split, content in sets.items():
+    for split, content in contents.items():
         for key in ("id", "file_name"):
             values = Counter(str(image[key]) for image in content["images"])
             value, times = values.most_common(1)[0]
             if times > 1:
                 die(f"{times} pictures of {split} have the {key} {value}: each needs its own")
-    lines = [row["caption"] for row in sets["train2017"]["annotations"]]
-    random.Random(0).shuffle(lines)
-    for split, paths in files.items():
+    for split in contents:
         folder = os.path.join(data, split)
         os.makedirs(folder, exist_ok=True)
-        for path in tqdm(paths, desc=f"converting {split}", mininterval=1):
+        for _, path, _ in tqdm(pictures[split], desc=f"converting {split}", mininterval=1):
             target = os.path.join(folder, os.path.basename(path))
             if not os.path.exists(target):
                 try:
@@ -493,14 +469,11 @@ def convert(entries, data, turned=False, keep=None):
                 except OSError:  # another disk, or a file system without links
                     shutil.copyfile(path, target + ".tmp")
                     os.replace(target + ".tmp", target)
+    train_captions = [row["caption"] for row in contents["train2017"]["annotations"]]
+    random.Random(0).shuffle(train_captions)
     if turned:
-        add_turned(sets["train2017"], files["train2017"], os.path.join(data, "train2017"))
-    text = "".join(" ".join(line.split()) + "\n" for line in lines)
-    save_text(os.path.join(data, "train_captions.txt"), text)
-    # the captions come last, train and val after test: once they are there, all is there
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
-    for split in sorted(sets):
-        save_json(captions_file(data, split), sets[split])
+        add_turned(contents["train2017"], pictures["train2017"], os.path.join(data, "train2017"))
+    save_captions(data, contents, train_captions)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -555,9 +528,8 @@ TWO_OBJECTS = (
 
 def true_captions(scene):
     """
-    All true captions of a scene, as a list of lists: one list for each sentence pattern.
-    scene: {"objects": [[size, colour, shape], ...], "place": where the first object is, in the
-    picture or as seen from the second object}.
+    A list of all true captions for each sentence pattern. scene: {"objects": [[size, colour,
+    shape], ...], "place": where the first is, in the picture or as seen from the second}.
     """
     names = []
     for size, colour, shape in scene["objects"]:
@@ -577,8 +549,8 @@ def true_captions(scene):
 
 def fraction_right(images, captions):
     """
-    The share of captions that are right in every word: size, colour, shape and place.
-    images: entries of the json; captions: one string for each. None if they are not drawn scenes.
+    The share of captions, one for each of the images, that are right in every word: size, colour,
+    shape and place. None if the images are not drawn scenes.
     """
     if not images or "scene" not in images[0]:
         return None
@@ -601,15 +573,12 @@ def random_scene(rng):
 
 
 def is_held_out(scene):
-    """
-    True for a tenth of all possible scenes: those of validation. One of its captions stands for the
-    scene, the same one for either order of the objects.
-    """
+    """True for a tenth of all scenes, those of validation, in either order of their objects."""
     return random.Random(min(true_captions(scene)[0])).random() < 0.1
 
 
 def place_objects(rng, radii, place):
-    """The centres (x, y) of one or two objects, at random within what `place` says."""
+    """The centres (x, y) of one or two objects, random within `place`."""
     _, _, dx, dy = PLACES[place]
     if len(radii) == 1:
         return [(32 + dx * 16 + rng.uniform(-3, 3), 32 + dy * 16 + rng.uniform(-3, 3))]
@@ -643,29 +612,24 @@ def draw_scene(rng, scene):
 
 def draw_shapes(data, n_train, seed, n_objects=None, style=None):
     """
-    Writes a data set of n_train scenes, and a twentieth of that for validation, in COCO's layout;
-    also train_captions.txt, the training captions alone. No scene of validation is trained on.
-    n_objects: only scenes of that many objects. style(rng, picture, captions) may return another
-    picture and other captions.
+    Writes a data set of n_train scenes, and a twentieth of that for validation, none of which is
+    trained on. n_objects: only scenes of that many objects. style(rng, picture, captions) may
+    return another picture and other captions.
     """
     rng = random.Random(seed)
     counts = dict(train2017=n_train, val2017=max(1, n_train // 20))
     first_ids = dict(train2017=(1, 1), val2017=(1_000_001, 10_000_001))  # of images, of captions
-    sets = {}
+    info = dict(description="shapes: scenes drawn by coco.py")
+    contents = {split: dict(info=info, images=[], annotations=[]) for split in SPLITS}
     for split in SPLITS:
         os.makedirs(os.path.join(data, split), exist_ok=True)
-        info = dict(description="shapes: scenes drawn by coco.py")
-        sets[split] = dict(info=info, images=[], annotations=[])
     bar = tqdm(total=sum(counts.values()), desc="drawing scenes", mininterval=1)
-    while any(len(sets[split]["images"]) < counts[split] for split in SPLITS):
+    while bar.n < bar.total:
         scene = random_scene(rng)
         split = "val2017" if is_held_out(scene) else "train2017"
-        images, annotations = sets[split]["images"], sets[split]["annotations"]
-        if len(images) == counts[split] or n_objects not in (None, len(scene["objects"])):
+        number = len(contents[split]["images"])
+        if number == counts[split] or n_objects not in (None, len(scene["objects"])):
             continue
-        first_image, first_caption = first_ids[split]
-        name = f"{len(images) + 1:06d}.jpg"
-        image = dict(id=first_image + len(images), file_name=name, width=64, height=64, scene=scene)
         picture = draw_scene(rng, scene)
         # of each pattern, the first variants are the likeliest: they begin at the left or the top
         captions = []
@@ -673,19 +637,15 @@ def draw_shapes(data, n_train, seed, n_objects=None, style=None):
             captions.append(pattern[int(len(pattern) * rng.random() ** 3)])
         if style:
             picture, captions = style(rng, picture, captions)
+        name = f"{number + 1:06d}.jpg"
         picture.save(os.path.join(data, split, name), quality=95, subsampling=0)
-        for caption in captions:
-            number = first_caption + len(annotations)
-            annotations.append(dict(id=number, image_id=image["id"], caption=caption))
-        images.append(image)
+        first_image, first_caption = first_ids[split]
+        image = dict(id=first_image + number, file_name=name, width=64, height=64, scene=scene)
+        add_image(contents[split], image, captions, first_caption)
         bar.update()
     bar.close()
-    lines = [annotation["caption"] + "\n" for annotation in sets["train2017"]["annotations"]]
-    save_text(os.path.join(data, "train_captions.txt"), "".join(lines))
-    # the captions come last: once they are there, the pictures are complete
-    os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
-    for split in SPLITS:
-        save_json(captions_file(data, split), sets[split])
+    train_captions = [row["caption"] for row in contents["train2017"]["annotations"]]
+    save_captions(data, contents, train_captions)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -714,9 +674,8 @@ class Tagger(nn.Module):
     """
     A small convolutional encoder, trained on captions alone: which words do people use about this
     image? Each of its 64 tokens scores every word, and the highest score counts (Fang et al. 2015,
-    https://arxiv.org/abs/1411.4952). So it learns what captions speak of, as CLIP does. CLIP's own
-    loss took far longer here: colours and places alone tell the captions of a batch apart, so that
-    shapes are learned late.
+    https://arxiv.org/abs/1411.4952). Here, CLIP's loss learns shapes far later: colours and places
+    alone tell the captions of a batch apart.
     """
     grid = (8, 8)
     preprocess = staticmethod(to_64x64)
@@ -749,9 +708,7 @@ class Tagger(nn.Module):
 def train_tagger(data, steps, seed, B=48, peak=4e-3, device="cpu"):
     """Trains a Tagger on a data set and saves it as features/tagger.pt. Returns the losses."""
     images, captions = load_captions(data, "train2017")
-    counts = Counter()
-    for caption in itertools.chain(*captions):
-        counts.update(caption.lower().split())
+    counts = Counter(" ".join(itertools.chain(*captions)).lower().split())
     vocabulary = {word: k for k, (word, _) in enumerate(counts.most_common(1000))}
     # the share of an image's captions that use a word
     targets = torch.zeros(len(images), len(vocabulary))
@@ -790,9 +747,8 @@ def train_tagger(data, steps, seed, B=48, peak=4e-3, device="cpu"):
 
 def mend_torchvision():
     """
-    Makes `import torchvision` work where its compiled part is for another build of torch. Without
-    it, the import ends with "operator torchvision::nms does not exist". Nothing here calls those
-    operators: it is enough to declare their names.
+    Makes `import torchvision` work where its compiled part is for another build of torch. Nothing
+    here calls its operators: it is enough to declare the names of those that are missing.
     """
     while True:
         try:
@@ -805,15 +761,37 @@ def mend_torchvision():
             torch.library.define(missing[1], "() -> ()")
 
 
-def warn_random_weights(name):
-    print(f"CAUTION: {name} has random weights (pretrained=none): it recognizes next to nothing; "
-          "only good for trials", flush=True)
+def check_model(name, is_known, models):
+    if not is_known:
+        near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
+        die(f"encoder={name} is not tagger, patches, timm/MODEL or a model of open_clip; did you "
+            f"mean {near}?")
+
+
+def check_weights(name, pretrained, tags):
+    if pretrained not in ("none", *tags) and not os.path.isfile(pretrained):
+        die(f"pretrained={pretrained} is neither a file nor weights of {name}: none (at random), "
+            + ", ".join(tags))
+
+
+@contextmanager
+def making_encoder(name, pretrained):
+    """`with` this, random weights are the same each time, and a failure is told in one line."""
+    if pretrained == "none":
+        print(f"CAUTION: {name} has random weights (pretrained=none), only good for trials")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    except Exception as problem:  # the libraries and the hub raise errors of many kinds
+        die(f"encoder={name} pretrained={pretrained} could not be loaded "
+            f"({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
 
 
 class OpenCLIP(nn.Module):
     """
-    A ViT of open_clip with its own preprocessing. Features: all tokens of the last layer, the class
-    token first, each after the final LayerNorm. ViT-B-32: (B, 50, 768).
+    A ViT of open_clip. Features: all tokens of the last layer after the final LayerNorm, the class
+    token first. ViT-B-32: (B, 50, 768).
     """
 
     def __init__(self, name, pretrained):
@@ -821,31 +799,14 @@ class OpenCLIP(nn.Module):
         mend_torchvision()
         import open_clip
 
-        models = open_clip.list_models()
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        if name not in models:
-            near = ", ".join(difflib.get_close_matches(name, models, 4, 0.3))
-            die(f"encoder={name} is not tagger, patches, timm/MODEL or a model of open_clip, such "
-                f"as {near}")
-        weights = None if pretrained == "none" else pretrained
-        if weights is None:
-            warn_random_weights(name)
-        elif weights not in tags and not os.path.isfile(weights):
-            die(f"pretrained={weights} is neither a file nor weights that open_clip has for "
-                f"{name}: {', '.join(tags)}; none = random weights")
+        check_model(name, name in open_clip.list_models(), open_clip.list_models())
+        check_weights(name, pretrained, open_clip.list_pretrained_tags_by_model(name))
         # OpenAI and a few others trained with a fast approximation of GELU. open_clip knows which
         # tags did; for a local file, the model's name must say it: encoder=ViT-B-32-quickgelu
-        quick = False
-        if weights is not None:
-            quick = open_clip.get_pretrained_cfg(name, weights).get("quick_gelu", False)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # the same random weights each time
-                model, _, self.preprocess = open_clip.create_model_and_transforms(
-                    name, pretrained=weights, force_quick_gelu=quick)
-        except Exception as problem:  # open_clip, torch and the hub raise errors of many kinds
-            die(f"encoder={name} pretrained={pretrained} could not be loaded "
-                f"({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
+        quick = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        with making_encoder(name, pretrained):
+            model, _, self.preprocess = open_clip.create_model_and_transforms(
+                name, None if pretrained == "none" else pretrained, force_quick_gelu=quick)
         self.visual = model.visual
         self.pretrained = pretrained
         if not hasattr(self.visual, "ln_post") or self.visual.attn_pool:
@@ -861,11 +822,10 @@ class OpenCLIP(nn.Module):
 
 class Timm(nn.Module):
     """
-    A model of timm, before its pooling and classification (forward_features). The map of a CNN
-    (B, W, rows, columns) becomes rows x columns tokens, row by row; the tokens of a ViT stay as
-    they are, class tokens and registers first. tf_efficientnet_lite2: (B, 81, 1280).
-    The whole picture is resized to the square that the model takes: timm would crop its middle,
-    but what captions speak of may lie at the border, and aerial pictures have no middle.
+    A model of timm without its pooling and head. The map of a CNN (B, W, rows, columns) becomes
+    rows x columns tokens, row by row; the tokens of a ViT stay as they are, class tokens and
+    registers first. tf_efficientnet_lite2: (B, 81, 1280). The whole picture is resized to a square:
+    timm would crop its middle, but what captions speak of may lie at the border.
     """
 
     def __init__(self, name, pretrained):
@@ -876,77 +836,67 @@ class Timm(nn.Module):
 
         # as timm writes it: resnet18.a1_in1k is the architecture and the tag of its weights
         architecture, _, tag = name.partition(".")
-        if not timm.is_model(architecture):
-            near = difflib.get_close_matches(architecture, timm.list_models(), 4, 0.3)
-            die(f"encoder=timm/{name}: timm has no such model; near it are {', '.join(near)}")
-        weights_file = pretrained if pretrained and os.path.isfile(pretrained) else None
-        if weights_file is None and pretrained not in (None, "none"):
+        check_model(architecture, timm.is_model(architecture), timm.list_models())
+        weights_file = pretrained if os.path.isfile(pretrained or "") else None
+        if pretrained not in (None, "none", weights_file):
             tag = pretrained
-        tags = [known.split(".", 1)[1] for known in timm.list_pretrained(architecture + ".*")]
-        if tag and tag not in tags:
-            die(f"pretrained={tag} is neither a file nor weights that timm has for {architecture}: "
-                f"{', '.join(tags)}; none = random weights")
-        download_weights = pretrained != "none" and weights_file is None
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # the same random weights each time
-                self.model = timm.create_model(
-                    f"{architecture}.{tag}".rstrip("."), pretrained=download_weights, num_classes=0)
-            state = load_state_dict(weights_file) if weights_file else {}
-        except Exception as problem:  # timm, torch and the hub raise errors of many kinds
-            die(f"encoder=timm/{name} pretrained={pretrained} could not be loaded "
-                f"({type(problem).__name__}: {textwrap.shorten(str(problem), 250)})")
-        if not hasattr(self.model, "forward_features"):
-            die(f"encoder=timm/{name}: this model has no forward_features")
-        config = timm.data.resolve_model_data_config(self.model)
-        if weights_file:
-            # num_classes=0 has no classification head
-            heads = self.model.pretrained_cfg["classifier"] or ()
-            heads = (heads,) if isinstance(heads, str) else heads
-            unused = [key for key in state if key.rpartition(".")[0] in heads]
-            if unused:
-                print(f"{weights_file}: {', '.join(unused)} (its classification head) are not used")
-            state = {key: w for key, w in state.items() if key not in unused}
-            for key, w in self.model.state_dict().items():
-                if key.endswith("num_batches_tracked"):  # not every exporter writes this count
-                    state.setdefault(key, w)
-            load_weights(self.model, state, weights_file)
-        elif pretrained == "none":
-            warn_random_weights(name)
+        if tag:
+            known = timm.list_pretrained(architecture + ".*")
+            check_weights(architecture, tag, [name.split(".", 1)[1] for name in known])
+        with making_encoder(f"timm/{name}", pretrained):
+            self.model = timm.create_model(
+                f"{architecture}.{tag}".rstrip("."), num_classes=0,
+                pretrained=pretrained != "none" and weights_file is None)
+            state = load_state_dict(weights_file) if weights_file else None
+        if state is not None:
+            self.load_without_head(state, weights_file)
         self.pretrained = pretrained or self.model.pretrained_cfg["tag"]
+        config = timm.data.resolve_model_data_config(self.model)
         config |= dict(crop_pct=1.0, crop_mode="squash")
         self.preprocess = timm.data.create_transform(**config, is_training=False)
         # a map's channels side by side in memory: what convolutions are fastest with
         self.model.to(memory_format=torch.channels_last)
-        self.width_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
         self.eval()
+        _, height, width = config["input_size"]
         with torch.no_grad():
-            features = self.model.forward_features(torch.zeros(1, *config["input_size"]))
+            features = self.map_or_tokens(torch.zeros(1, *config["input_size"]))
         if not torch.is_tensor(features) or features.ndim not in (3, 4):
-            die(f"encoder=timm/{name}: its forward_features gives no map and no tokens")
+            die(f"encoder=timm/{name} gives no map and no tokens")
         if features.ndim == 4:
-            rows, columns = features.shape[1:3] if self.width_last else features.shape[2:]
+            self.grid = tuple(features.shape[1:3])
         else:
-            _, height, width = config["input_size"]
             n_patches = features.shape[1] - getattr(self.model, "num_prefix_tokens", 0)
             rows = round(math.sqrt(n_patches * height / width))
-            columns = n_patches // rows
-        self.grid = (rows, columns)
+            self.grid = (rows, n_patches // rows)
+
+    def load_without_head(self, state, path):
+        heads = self.model.pretrained_cfg["classifier"] or ()
+        heads = (heads,) if isinstance(heads, str) else heads
+        unused = [key for key in state if key.rpartition(".")[0] in heads]
+        if unused:
+            print(f"{path}: {', '.join(unused)} (its classification head) are not used")
+        state = {key: w for key, w in state.items() if key not in unused}
+        for key, w in self.model.state_dict().items():
+            if key.endswith("num_batches_tracked"):  # not every exporter writes this count
+                state.setdefault(key, w)
+        load_weights(self.model, state, path)
+
+    def map_or_tokens(self, pixels):
+        features = self.model.forward_features(pixels)
+        channels_first = getattr(self.model, "output_fmt", "NCHW") == "NCHW"
+        if torch.is_tensor(features) and features.ndim == 4 and channels_first:
+            features = features.permute(0, 2, 3, 1)
+        return features  # (B, rows, columns, W) or (B, S, W)
 
     def forward(self, pixels):
-        features = self.model.forward_features(pixels)
-        if features.ndim == 3:
-            return features  # (B, S, W)
-        if self.width_last:
-            return features.flatten(1, 2)  # (B, rows, columns, W) -> (B, S, W)
-        return features.flatten(2).transpose(1, 2)  # (B, W, rows, columns) -> (B, S, W)
+        features = self.map_or_tokens(pixels)
+        return features.flatten(1, 2) if features.ndim == 4 else features  # (B, S, W)
 
 
 def load_encoder(name, pretrained=None, tagger=None, turned=False):
     """
-    The frozen image encoder `name`. pretrained, for open_clip and timm: a tag, a local file, none
-    (random weights) or None (openai, or timm's default). tagger: what train_tagger saved. turned:
-    `encode` takes the mean over 8 orientations.
+    The frozen image encoder; pretrained as in the settings; tagger: the weights in tagger.pt.
+    turned: `encode` takes the mean over 8 orientations.
     """
     if name == "patches":
         encoder = Patches()
@@ -964,10 +914,7 @@ def load_encoder(name, pretrained=None, tagger=None, turned=False):
 
 
 def fingerprint(encoder):
-    """
-    sha256 of an encoder's weights and of the names of its layers' classes: with another GELU, the
-    same weights give other features.
-    """
+    """sha256 of the weights and of the layers' classes: another GELU gives other features."""
     classes = {type(module).__name__ for module in encoder.modules()}
     digest = hashlib.sha256(" ".join(sorted(classes)).encode())
     for name, w in sorted(encoder.state_dict().items()):
@@ -981,8 +928,8 @@ def fingerprint(encoder):
 
 def mean_of_orientations(encoder, pixels):
     """
-    The mean of an encoder's features (B, S, W) over the 8 orientations of pictures (B, 3, size,
-    size). Each map of features is turned back before, so that its tokens stay in their places.
+    The mean of the features (B, S, W) of the 8 orientations of pictures (B, 3, size, size). Each
+    map of features is turned back, so that its tokens stay in their places.
     """
     rows, columns = encoder.grid
     total = 0
@@ -999,10 +946,7 @@ def mean_of_orientations(encoder, pixels):
 
 @torch.no_grad()
 def encode(encoder, pictures, process):
-    """
-    Preprocessed pictures, a list of tensors, -> float16 features (B, S, W), a numpy array. If
-    encoder.turned is set, they are the mean over 8 orientations.
-    """
+    """Preprocessed pictures, a list of tensors, -> float16 features (B, S, W), a numpy array."""
     forward = encoder
     if getattr(encoder, "turned", False):
         forward = functools.partial(mean_of_orientations, encoder)
@@ -1022,8 +966,8 @@ def preprocess_file(encoder, path):
 
 def encode_batches(encoder, files, rows, batch_size, process):
     """
-    Encodes files[i] for each i in rows; all CPU cores read the next batch meanwhile. Yields for
-    each batch: the rows that could be read, their features (B, S, W), {other row: why not}.
+    Encodes files[i] for each i in rows, while all CPU cores read the next batch. Yields for each
+    batch: the rows that could be read, their features (B, S, W), {other row: why not}.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         def read(start):
@@ -1041,7 +985,7 @@ def encode_batches(encoder, files, rows, batch_size, process):
 
 
 def finish_features(temporary, path, metadata):
-    """The file `temporary` is complete: writes its metadata, then gives it its name."""
+    """Writes the metadata of the complete file `temporary`, then gives it its name."""
     version = os.stat(temporary).st_mtime_ns
     save_json(metadata_file(path), metadata | dict(finite=version))
     os.replace(temporary, path)
@@ -1059,7 +1003,7 @@ def copy_features(path, rows, metadata):
 
 
 def remove_images(data, split, ids):
-    """Removes images from a split's json. The json as it was stays as captions_{split}.all.json."""
+    """Removes images from a split's json; the old json stays as captions_{split}.all.json."""
     path = captions_file(data, split)
     original = path.removesuffix(".json") + ".all.json"
     if not os.path.exists(original):
@@ -1068,32 +1012,34 @@ def remove_images(data, split, ids):
     content["images"] = [image for image in content["images"] if image["id"] not in ids]
     content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in ids]
     save_json(path, content)
-    print(f"{path}: {len(ids):,} unreadable pictures removed; {original} still names them")
+    print(f"{path}: {len(ids):,} unreadable pictures removed; {original} names them")
 
 
 def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=False):
     """
-    Writes the features of a split, which are called .npy.part until they are complete, and their
-    metadata: made_by (encoder, weights, ...), the manifest, done (how many images were tried, in
-    order) and bad (which of those are unreadable). Continues where an interrupted run stopped.
-    Returns the unreadable files; if there are any, the features stay incomplete.
+    Writes the features of a split, called .npy.part until they are complete, and their metadata:
+    made_by (encoder, weights, ...), the manifest, done (how many images were tried, in order) and
+    bad (which of those are unreadable). Continues an interrupted run. Returns the unreadable files;
+    if there are any, the features stay incomplete.
     """
     path = features_file(data, made_by["encoder"], split)
     part = path + ".part"
     images, _ = load_captions(data, split)
     files, n = image_files(data, split, images), len(images)
     metadata = made_by | manifest(images) | dict(done=0, bad=[])
-    existing = [file for file in (path, part) if os.path.exists(file)]
-    before = read_metadata(path) if existing else {}
-    for key, what in (("weights", "weights or layers of the encoder"), ("names", "pictures"),
-                      ("turned", "orientations (turned=)")):
-        if key in metadata and before.get(key, metadata[key]) != metadata[key]:
-            die(f"{existing[0]} was made with other {what}, or in another order: delete it to "
-                "encode again, or take another data=")
-    if os.path.exists(path):
+    existing = path if os.path.exists(path) else part
+    before = read_metadata(path) if os.path.exists(existing) else {}
+    for key, what in (("weights", "weights or layers of the encoder"),
+                      ("names", "pictures, or in another order"), ("turned", "turned=")):
+        if before.get(key, metadata.get(key)) != metadata.get(key):
+            die(f"{existing} was made with other {what}: delete it, or take another data=")
+    if existing == path:
         load_features(data, made_by["encoder"], split, images)
         print(f"{path} is there already")
         return []
+    if not any(map(os.path.exists, files)):
+        die(f"{os.path.join(data, split)} holds none of the {n:,} pictures that "
+            f"{captions_file(data, split)} names")
     if before.get("done"):
         metadata = made_by | before
         features = np.lib.format.open_memmap(part, "r+")
@@ -1123,25 +1069,24 @@ def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=Fa
             saved = time.time()
     bar.close()
     bad = metadata["bad"]
-    if bad and (not skip_bad or len(bad) == n):
-        return [files[i] for i in bad]
-    if bad:
+    if not bad:
+        finish_features(part, path, metadata)
+    elif skip_bad and len(bad) < n:
         kept = [i for i in range(n) if i not in set(bad)]
         metadata |= manifest([images[i] for i in kept])
         copy_features(path, [(features, i) for i in kept], metadata)
         remove_images(data, split, {images[i]["id"] for i in bad})
         os.remove(part)
     else:
-        finish_features(part, path, metadata)
+        return [files[i] for i in bad]
     print(f"{path}: {n - len(bad):,} images x {features.shape[1]} tokens x {features.shape[2]}")
     return []
 
 
 def resplit(data, json_path, target, encoder):
     """
-    COCO 2017, in the folder `data`, in the splits of Karpathy's dataset_coco.json, on which papers
-    report: 113,287 training, 5,000 validation and 5,000 test pictures, in the folder `target`. The
-    features of `encoder` are copied.
+    Writes COCO 2017, from the folder `data`, in the splits of Karpathy's dataset_coco.json into the
+    folder `target`: 113,287 training, 5,000 validation and 5,000 test pictures, with the features.
     """
     split_of = {image_id: split for split, image_id, _, _ in read_karpathy(json_path)}
     entries, feature_rows = [], {}
@@ -1149,8 +1094,7 @@ def resplit(data, json_path, target, encoder):
         images, captions = load_captions(data, split)
         unknown = [image["id"] for image in images if image["id"] not in split_of]
         if unknown:
-            die(f"{json_path} does not know {len(unknown):,} pictures of {data}, such as "
-                f"{unknown[0]}: it is not Karpathy's dataset_coco.json")
+            die(f"{json_path} does not know {len(unknown):,} pictures of {data}: {unknown[:3]}")
         for image, file, texts in zip(images, image_files(data, split, images), captions):
             entries.append((split_of[image["id"]], image["id"], file, texts))
         if encoder != "none":
@@ -1173,10 +1117,7 @@ def resplit(data, json_path, target, encoder):
 
 
 def describe_split(captions):
-    """
-    Returns (a column of the table, the number of words of each caption, {word: its count}) of a
-    split. captions: a list for each image. Words are cut as cider.py cuts them.
-    """
+    """(a column of the table, the number of words of each caption, {word: its count})"""
     words = tokenize(list(itertools.chain(*captions)))
     lengths = np.array([len(caption) for caption in words])
     vocabulary = Counter(itertools.chain(*words))
@@ -1226,8 +1167,8 @@ def explore(data, path):
     for ax in (lengths_ax, coverage_ax):
         ax.grid(alpha=0.3)
         ax.legend()
-    words = [word for word, _ in reversed(top)]
-    words_ax.barh(words, [count for _, count in reversed(top)], color="tab:gray")
+    words_ax.barh([word for word, _ in top], [count for _, count in top], color="tab:gray")
+    words_ax.invert_yaxis()
     words_ax.set(title="most frequent words of train2017", xlabel="times used")
     words_ax.tick_params(axis="y", labelsize=8)
     # ten training pictures, spread over the whole split, with two captions each
@@ -1243,14 +1184,6 @@ def explore(data, path):
     fig.savefig(path, dpi=90)
     plt.close(fig)
     print(f"the figure: {path}")
-
-
-def check_pictures(data, split):
-    """Ends the run if not one picture of a split is there: they lie in another folder, it seems."""
-    files = image_files(data, split, load_captions(data, split)[0])
-    if not any(os.path.exists(file) for file in files):
-        die(f"{os.path.join(data, split)} holds none of the {len(files):,} pictures that "
-            f"{captions_file(data, split)} names, such as {os.path.basename(files[0])}")
 
 
 if __name__ == "__main__":
@@ -1293,12 +1226,10 @@ if __name__ == "__main__":
     made_here = any("encoder" in read_metadata(file) for file in files)
     if all(map(os.path.exists, files)) and not made_here:
         # another program's: they can be checked, but not made
-        for split in splits:
+        for split, file in zip(splits, files):
+            print(f"{file} is used as it is: no metadata beside it says what made it")
             load_features(data, encoder, split, load_captions(data, split)[0])
     elif encoder != "none":
-        for split, file in zip(splits, files):
-            if not os.path.exists(file):
-                check_pictures(data, split)
         process = setup(device, dtype)
         lock_folder(os.path.join(data, "features"))
         tagger, tagger_file = None, os.path.join(data, "features", "tagger.pt")
@@ -1313,13 +1244,12 @@ if __name__ == "__main__":
         image_encoder.to(process.device)
         bad = []
         for split in splits:
-            # to train on there are the orientations themselves
+            # the orientations of training pictures are pictures of their own
             image_encoder.turned = made_by["turned"] = turned and split != "train2017"
             bad += encode_split(data, split, made_by, image_encoder, batch_size, process, skip_bad)
         if bad:
-            advice = "" if skip_bad else ", or leave them out with skip_bad=True"
-            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. The others are "
-                f"encoded. Mend these and run the same command again{advice}")
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. Mend them and run the "
+                "same command again, or leave them out with skip_bad=True")
     if karpathy_split:
         resplit(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
     print(f"done in {time.time() - started:.0f} s")
