@@ -17,17 +17,17 @@ becomes a vector with one entry for each n-gram g (n words in a row), its tf-idf
 
 "a" is in the references of every image: ln(N / N) = 0, it counts nothing. "unicycle" is in few: it
 counts much. The candidate c is compared with each reference r by the cosine of their vectors. The
-mean over references and over n = 1..4 is the image's score, the mean over images the corpus's. What
-papers print is the variant CIDEr-D, which is harder to fool:
+mean over references and over n = 1..4 is the image's score. What papers print is the variant
+CIDEr-D, which is harder to fool:
 
     CIDEr-D_n(c, r) = 10 * exp(-(|c| - |r|)^2 / (2 * 6^2))
                          * sum_g min(w_c(g), w_r(g)) * w_r(g) / (||w_c|| * ||w_r||)
 
 The min clips: "dog dog dog" gets no more than the reference's one dog. The Gaussian punishes a
-wrong length. The 10 makes the scale 0 to 10; tables print it x100. Two surprises follow from idf.
-An image scored alone gets 0: for N = 1 all logarithms are 0. And the score of a subset is not the
-mean of its images' scores within the whole set, because N and the frequencies are its own: compare
-scores of equal splits, or give the frequencies of a corpus (`df=`), as training on CIDEr does.
+wrong length. The scale is 0 to 10; tables print it x100. An image scored alone gets 0: for N = 1
+all logarithms are 0. A subset has its own N and frequencies, so its score is not the mean of its
+images' scores within the whole set: compare equal splits, or give the frequencies of a corpus
+(`df=`), as training on CIDEr does.
 """
 import functools
 import itertools
@@ -55,14 +55,11 @@ show = 0                    # >= 0: print this many of the best and of the worst
 
 
 def naive_cider(candidates, references):
-    """
-    CIDEr-D of each image. candidates: a list of words for each of N images; references: a list of
-    such lists for each image.
-    """
+    """CIDEr-D of each image (N,). candidates: N lists of words; references: N lists of those."""
     def ngrams_of(words, n):
         return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
-    def bigrams(words):  # what coco-caption takes for the length
+    def length_of(words):  # coco-caption counts the bigrams
         return max(0, len(words) - 1)
 
     scores = np.zeros(len(candidates))
@@ -82,30 +79,32 @@ def naive_cider(candidates, references):
                 r = tf_idf(ref)
                 cosine = sum(min(c[g], r[g]) * r[g] for g in c.keys() & r.keys())
                 norms = math.hypot(*c.values()) * math.hypot(*r.values())
-                penalty = math.exp(-(bigrams(candidate) - bigrams(ref)) ** 2 / (2 * 6 ** 2))
+                penalty = math.exp(-(length_of(candidate) - length_of(ref)) ** 2 / (2 * 6 ** 2))
                 scores[i] += 10 * penalty * (cosine / norms if norms else 0) / 4 / len(refs)
     return scores
 
 
 # --------------------------------------------------------------------------------------------------
-# The fast version. All captions stand end to end in one flat array of word numbers: a million small
-# lists would cost seconds. Letters: N images; S sentences (each image's candidate, then its
-# references); T words in all of them; n the order, 1..4; G different n-grams; E different (n-gram,
-# sentence) pairs.
+# The fast version. All captions stand end to end in one flat array of word numbers. Letters:
+# N images; S sentences (each image's candidate, then its references); T words in all of them;
+# n the order, 1..4; G different n-grams; E different (n-gram, sentence) pairs.
 
 
 def factorize(sentences):
     """Lists of words -> the different words; all words as numbers of those (T,); lengths (S,)."""
     # what is looked up for the first time gets the next number
-    ids, lengths = defaultdict(itertools.count().__next__), []
+    numbers = defaultdict(itertools.count().__next__)
+    words, lengths = [], []
+    for sentence in sentences:
+        words.extend(map(numbers.__getitem__, sentence))
+        lengths.append(len(sentence))
+    return list(numbers), np.array(words, np.int64), np.array(lengths, np.int64)
 
-    def words():
-        for sentence in sentences:
-            lengths.append(len(sentence))
-            yield sentence
 
-    flat = np.fromiter(map(ids.__getitem__, itertools.chain.from_iterable(words())), np.int64)
-    return list(ids), flat, np.array(lengths, np.int64)
+def grouped(items, counts):
+    """A list of the first counts[0] items, a list of the next counts[1], ..."""
+    items = iter(items)
+    return [list(itertools.islice(items, count)) for count in counts]
 
 
 def ranges(first, counts):
@@ -116,40 +115,32 @@ def ranges(first, counts):
 
 def expand(ids, lengths, flat, counts):
     """
-    Sentences, ids (T,) and lengths (S,) -> the same, with each id replaced by a list of others.
-    The lists, one for each id, stand end to end in `flat`; counts are their lengths.
+    Replaces each id of the sentences, ids (T,) and lengths (S,), by its list of others. The lists
+    stand end to end in `flat`; counts are their lengths.
     """
-    if (counts == 1).all():  # nearly always
-        return flat[ids], lengths
-    first = (np.cumsum(counts) - counts)[ids]
-    counts = counts[ids]  # (T,)
-    ends = np.append(0, np.cumsum(counts))[np.append(0, np.cumsum(lengths))]
-    return flat[ranges(first, counts)], np.diff(ends)
+    first = np.cumsum(counts) - counts
+    ends = np.append(0, np.cumsum(counts[ids]))[np.append(0, np.cumsum(lengths))]
+    return flat[ranges(first[ids], counts[ids])], np.diff(ends)
 
 
 def run_starts(*columns):
     """True where a row of the columns differs from the row above."""
-    new = np.zeros(len(columns[0]), bool)
-    new[:1] = True
+    new = np.arange(len(columns[0])) == 0
     for column in columns:
         new[1:] |= column[1:] != column[:-1]
     return new
 
 
-def index(candidates, references, tokenized):
+def index(candidates, references, tokenized=True):
     """
-    Captions, or lists of tokens -> image (S,), the image of each sentence; whole, the words (T,)
+    Lists of tokens, or captions -> image (S,), the image of each sentence; whole, the words (T,)
     and lengths (S,) for ROUGE-L; split, the same for CIDEr and BLEU, to which "22 3/4", held
     together by a no-break space, is two words; vocabulary, the words that split numbers.
     """
     flat = list(itertools.chain.from_iterable(references))
-    if tokenized:
-        words, ids, lengths = factorize(itertools.chain(candidates, flat))
-    else:
-        words, ids, lengths = read(candidates, flat)
-    images = np.arange(len(references))
-    counts = list(map(len, references))
-    image = np.concatenate([images[:len(candidates)], np.repeat(images, counts)])
+    words, ids, lengths = factorize([*candidates, *flat]) if tokenized else read(candidates, flat)
+    image = np.repeat(np.arange(len(references)), list(map(len, references)))
+    image = np.append(np.arange(len(candidates)), image)
     order = np.argsort(image, kind="stable")  # each candidate, then its references
     first = np.cumsum(lengths) - lengths
     ids, lengths = ids[ranges(first[order], lengths[order])], lengths[order]
@@ -160,19 +151,20 @@ def index(candidates, references, tokenized):
 def ngrams(words, lengths):
     """
     Counts all n-grams by sorting: equal ones come to stand together. For n = 1..4: gram, sentence,
-    tf (E,), first (G,). Row e: n-gram gram[e] is tf[e] times in sentence[e]; rows are in the order
-    of n-grams, then sentences. words[first[g]:][:n] are the words of n-gram g.
+    tf (E,), first (G,). Row e: n-gram gram[e] is tf[e] times in sentence[e]. Rows are sorted by
+    n-gram, then sentence. words[first[g]:][:n] are the words of n-gram g.
     """
     T, V = len(words), int(words.max(initial=0)) + 1
-    place, bits = np.arange(T, dtype=np.int32), T.bit_length()
+    place = np.arange(T, dtype=np.int32)
+    bits = T.bit_length()
     sentence = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)  # (T,)
     # words from here to the end of the sentence
     left = np.repeat(np.cumsum(lengths, dtype=np.int32), lengths) - place  # (T,)
-    shorter = np.zeros(T, np.int32)  # (T,) which (n-1)-gram begins here
+    shorter = np.zeros(T, np.int32)  # (T,) the (n-1)-gram that begins here
     for n in 1, 2, 3, 4:
         if int(shorter.max(initial=0) + 1) * V >= 1 << (63 - bits):
-            raise ValueError(f"{T} words are too many at once: score them in parts, with df=")
-        size = len(words[n - 1:])
+            raise ValueError(f"{T} words are too many: score them in parts, with df=")
+        size = max(0, T - n + 1)
         # an n-gram is the (n-1)-gram here and one word more, packed into one integer
         packed = shorter[:size] * np.int64(V) + words[n - 1:]
         # with the place in the low bits, sorting gives the places too: far faster than argsort
@@ -194,11 +186,10 @@ def spelled(words, first, n, vocabulary):
 
 def document_frequencies(references):
     """
-    Tokens of a corpus, a list of token lists for each image -> {("a", "dog"): number of images that
-    have it}; the number of images, N, is under the key (). N-grams of a single image are left out:
-    what is not in the dict counts as 1.
+    Lists of token lists, one for each image -> {("a", "dog"): number of images that have it}, with
+    N under the key (). N-grams of a single image are left out: what is not in the dict counts as 1.
     """
-    image, _, (words, lengths), vocabulary = index([], references, tokenized=True)
+    image, _, (words, lengths), vocabulary = index([], references)
     df = {(): len(references)}
     for n, (gram, sentence, _, first) in enumerate(ngrams(words, lengths), 1):
         images = np.bincount(gram[run_starts(gram, image[sentence])], minlength=len(first))
@@ -209,16 +200,16 @@ def document_frequencies(references):
 
 def cider(words, lengths, image, vocabulary, df=None):
     """
-    CIDEr-D of each image (N,) (eq. 1-3 and section 6 of the paper). From the same tables come the
-    matches (4, N) for BLEU: n-grams of the candidate that are in its references, each counted at
-    most as often as in the reference that has it most.
+    CIDEr-D of each image (N,) (paper: eq. 1-3 and section 6), and for BLEU the matches (4, N):
+    n-grams of the candidate, each counted at most as often as in the reference that has it most.
     """
     is_candidate = run_starts(image)  # (S,)
-    candidate, S, N = np.flatnonzero(is_candidate), len(lengths), int(image[-1]) + 1
+    candidate = np.flatnonzero(is_candidate)  # (N,)
+    S, N = len(lengths), len(candidate)
     similarity, matches = np.zeros(S), np.zeros((4, N))
     for n, (gram, sentence, tf, first) in enumerate(ngrams(words, lengths), 1):
         of_candidate = is_candidate[sentence]  # (E,)
-        # the first row of an n-gram in an image; it is the candidate's, if the candidate has it
+        # the first row of an n-gram in an image: the candidate's, if the candidate has it
         top = run_starts(gram, image[sentence])  # (E,)
         only_candidate = of_candidate & np.append(top, True)[1:]  # no reference has it
         if df is None:
@@ -230,8 +221,8 @@ def cider(words, lengths, image, vocabulary, df=None):
         weight = tf * idf[gram]  # (E,)
         norm = np.sqrt(np.bincount(sentence, weight ** 2, S))  # (S,)
 
-        # pairs of rows: c, a candidate's, and r, a reference's, with the same n-gram and image.
-        # The reference rows follow the candidate's, up to the next top.
+        # pairs of rows with the same n-gram and image: c, a candidate's, and r, a reference's.
+        # Reference rows follow the candidate's, up to the next top.
         shared = np.flatnonzero(of_candidate & ~only_candidate)
         tops = np.append(np.flatnonzero(top), len(top))
         counts = tops[np.searchsorted(tops, shared) + 1] - shared - 1
@@ -239,18 +230,17 @@ def cider(words, lengths, image, vocabulary, df=None):
         dot = np.bincount(sentence[r], np.minimum(weight[c], weight[r]) * weight[r], S)
         norms = norm * norm[candidate][image]
         similarity += np.divide(dot, norms, out=np.zeros(S), where=norms > 0)
-        if len(shared):
-            most = np.maximum.reduceat(tf[r], np.cumsum(counts) - counts)
-            matches[n - 1] = np.bincount(image[sentence[shared]], np.minimum(tf[shared], most), N)
-    bigrams = np.maximum(lengths - 1, 0)  # what coco-caption takes for the length
+        most = np.maximum.reduceat(tf[r], np.cumsum(counts) - counts)
+        matches[n - 1] = np.bincount(image[sentence[shared]], np.minimum(tf[shared], most), N)
+    bigrams = np.maximum(lengths - 1, 0)
     similarity *= np.exp(-(bigrams[candidate][image] - bigrams) ** 2 / (2 * 6.0 ** 2))
     return 10 * np.bincount(image, similarity, N) / 4 / (np.bincount(image) - 1), matches
 
 
 def cider_of_tokens(candidates, references, df=None):
-    """CIDEr-D alone, of each image (N,). Arguments as in `evaluate`, with tokenized=True."""
-    image, _, (words, lengths), vocabulary = index(candidates, references, tokenized=True)
-    return cider(words, lengths, image, vocabulary, df)[0]
+    """CIDEr-D of each image (N,). Arguments as in `evaluate`, with tokenized=True."""
+    image, _, split, vocabulary = index(candidates, references)
+    return cider(*split, image, vocabulary, df)[0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,90 +272,63 @@ def bleu(matches, lengths, image):
     return corpus, formula(matches, tries, c, r)
 
 
-def lcs(words, lengths, a, b):
+def lcs(a, b):
     """
-    Length of the longest common subsequence of sentences a[p] and b[p], (P,), by bit vectors
-    (Hyyrö 2004, "Bit-parallel LCS-length computation revisited"). A row of the usual table rises by
-    0 or 1 from word to word of the longer sentence; it is kept as one integer with a 0 bit at each
-    rise. One addition, whose carries run along the bits, makes the next row.
+    Length of the longest common subsequence of two lists (Hyyrö 2004, "Bit-parallel LCS-length
+    computation revisited"). A row of the usual table rises by 0 or 1 from word to word of the
+    shorter list; it is kept as one integer with a 0 bit at each rise. One addition, whose carries
+    run along the bits, makes the next row.
     """
-    begin, length = np.cumsum(lengths) - lengths, np.zeros(len(a), np.int64)
-    short, long = np.where(lengths[a] < lengths[b], (a, b), (b, a))
-    width = 8 << np.searchsorted(8 << np.arange(40), lengths[long])  # (P,) bits: 8, 16, 32, ...
-
-    def padded(s, size, pad):  # sentences (p,) -> words (p, size)
-        place = np.arange(size)
-        inside = place < lengths[s, None]
-        return np.where(inside, words[np.minimum(begin[s, None] + place, len(words) - 1)], pad)
-
-    def pack(bits):  # (p, width) -> integers (p,); beyond 64 bits, Python's
-        packed = np.packbits(bits.ravel(), bitorder="little").reshape(len(bits), -1)
-        if bits.shape[1] <= 64:
-            return packed.view(f"<u{packed.shape[1]}")[:, 0]
-        return np.array([int.from_bytes(row.tobytes(), "little") for row in packed], object)
-
-    for w in np.unique(width).tolist():
-        same_width = np.flatnonzero(width == w)
-        same_width = same_width[np.argsort(lengths[short[same_width]])]
-        size = max(1, 2**16 // w)  # this many at a time stay in the processor's cache
-        for p in np.split(same_width, range(size, len(same_width), size)):
-            text = padded(long[p], w, -1)
-            flat = pack(np.ones(text.shape, bool))
-            for word in padded(short[p], lengths[short[p]].max(), -2).T:
-                match = flat & pack(text == word[:, None])
-                flat = (flat + match) | (flat - match)
-            if w <= 64:
-                length[p] = w - np.unpackbits(flat.view(np.uint8)).reshape(text.shape).sum(1)
-            else:
-                length[p] = [w - (row & ((1 << w) - 1)).bit_count() for row in flat]
-    return length
+    short, long = sorted((a, b), key=len)
+    places = defaultdict(int)  # bit i of places[word] is 1 if short[i] is the word
+    for i, word in enumerate(short):
+        places[word] |= 1 << i
+    row = all_ones = (1 << len(short)) - 1
+    for word in long:
+        if word in places:
+            match = row & places[word]
+            row = ((row + match) | (row - match)) & all_ones
+    return len(short) - row.bit_count()
 
 
-def rouge_l(words, lengths, image, beta=1.2):
+def rouge_l(candidate, references, beta=1.2):
     """
-    ROUGE-L of each image (N,) (Lin 2004, eq. 2-4): F of precision lcs / |c| and recall lcs / |r|,
-    each the best over the references. coco-caption takes a caption without words for one empty
-    word, which matches that of another.
+    ROUGE-L of one image (Lin 2004, eq. 2-4): F of precision lcs / |c| and recall lcs / |r|, each
+    the best over the references.
     """
-    candidate, r = np.flatnonzero(run_starts(image)), np.flatnonzero(~run_starts(image))
-    c = candidate[image[r]]
-    common = np.zeros(len(lengths))
-    both_empty = (lengths[c] == 0) & (lengths[r] == 0)
-    common[r] = np.where(both_empty, 1, lcs(words, lengths, c, r))
-    lengths = np.maximum(lengths, 1)
-    precision = np.maximum.reduceat(common / lengths[candidate][image], candidate)
-    recall = np.maximum.reduceat(common / lengths, candidate)
+    common = [lcs(candidate, ref) for ref in references]
+    precision = max(common) / len(candidate)
+    recall = max(words / len(ref) for words, ref in zip(common, references))
     f = (1 + beta ** 2) * precision * recall
-    return f / np.maximum(recall + beta ** 2 * precision, 1e-9)
+    return f / max(recall + beta ** 2 * precision, 1e-9)
 
 
 def evaluate(candidates, references, df=None, tokenized=False):
     """
-    candidates, N strings, and references, N lists of strings -> scores {metric: float}, per_image
-    {metric: (N,)}; CIDEr runs from 0 to 10. df: document_frequencies of another corpus. tokenized:
-    each string is a list of tokens already. Raises ValueError with one line.
+    N strings and N lists of strings -> scores {metric: float}, per_image {metric: (N,)}; CIDEr runs
+    from 0 to 10. df: document_frequencies of another corpus. tokenized: each string is a list of
+    tokens already. Raises ValueError with one line.
     """
     kind, what = ((list, tuple), "a list of tokens") if tokenized else (str, "a string")
     if not 0 < len(candidates) == len(references):
-        raise ValueError(f"{len(candidates)} candidates, but references of {len(references)} "
-                         "images")
+        raise ValueError(f"{len(candidates)} candidates, references of {len(references)} images")
     for i, (candidate, refs) in enumerate(zip(candidates, references)):
         if not isinstance(refs, (list, tuple)) or not refs:
-            raise ValueError(f"image {i} has no references: a list of at least one is needed, not "
-                             f"{refs!r:.60}")
+            raise ValueError(f"image {i}: references must be a list, not empty: {refs!r:.60}")
         for sentence in (candidate, *refs):
             if not isinstance(sentence, kind):
                 raise ValueError(f"image {i}: not {what}: {sentence!r:.60}")
     if df is not None and () not in df:
-        raise ValueError("df= lacks the number of images, df[()]: make it with "
-                         "document_frequencies")
+        raise ValueError("df= lacks df[()], the number of images: use document_frequencies")
     image, whole, (words, lengths), vocabulary = index(candidates, references, tokenized)
     if not lengths[~run_starts(image)].any():
-        raise ValueError("all references are empty, those of image 0 to those of image "
-                         f"{image[-1]}")
+        raise ValueError(f"all references are empty, of image 0 to image {image[-1]}")
     cider_each, matches = cider(words, lengths, image, vocabulary, df)
     bleu_corpus, bleu_each = bleu(matches, lengths, image)
-    rouge_each = rouge_l(*whole, image)
+    # coco-caption takes a caption without words for one empty word, here -1
+    sentences = [sentence or [-1] for sentence in grouped(whole[0].tolist(), whole[1])]
+    per_image = grouped(sentences, np.bincount(image))
+    rouge_each = np.array([rouge_l(candidate, refs) for candidate, *refs in per_image])
     names = "CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L"
     scores = map(float, (cider_each.mean(), *bleu_corpus, rouge_each.mean()))
     return dict(zip(names, scores)), dict(zip(names, (cider_each, *bleu_each, rouge_each)))
@@ -378,39 +341,34 @@ def evaluate(candidates, references, df=None, tokenized=False):
 def read_captions(path):
     """
     A COCO captions file -> (images, captions): the entries of its "images", and for each of them
-    the list of its captions. This is the one check of a data set: ids are unique, captions are
-    strings with a word in them, every image has one. Annotations of images that "images" does not
-    list are left out, as coco-caption leaves them. Without "images", the annotations say which
-    images there are. Raises ValueError with one line for a person.
+    the list of its captions. Annotations of images that "images" does not list are left out, as in
+    coco-caption. Without "images", the annotations say which images there are. Raises ValueError
+    unless ids are unique, captions are strings with a word in them, and every image has one.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
-        annotations = content["annotations"]
-        rows = [(str(row["image_id"]), row["caption"]) for row in annotations]
-        named = dict.fromkeys(name for name, _ in rows)
-        images = content.get("images", [dict(id=name) for name in named])
-        ids = [str(image["id"]) for image in images]
-        names = [image.get("file_name", "") for image in images]
+        rows = [(str(row["image_id"]), row["caption"]) for row in content["annotations"]]
+        images = content.get("images", [dict(id=name) for name in dict(rows)])
+        names = [(str(image["id"]), image.get("file_name", "none")) for image in images]
     except KeyError as problem:
         raise ValueError(f"{path} is not a COCO captions file: {problem} is missing in it")
     except (ValueError, TypeError, AttributeError) as problem:
         raise ValueError(f'{path} is not a COCO captions file, which has "images" (id, file_name) '
                          f'and "annotations" (image_id, caption): {problem}')
-    captions = {name: [] for name in ids}
-    if len(captions) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise ValueError(f"{path}: two images have the id {twice}: each needs its own")
-    for image, name in zip(images, names):
-        if not isinstance(name, str) or ("file_name" in image and not name):
-            raise ValueError(f"{path}: the file_name of image {image['id']} is {name!r}, not a "
-                             "name")
+    captions = {}
+    for image, file_name in names:
+        if image in captions:
+            raise ValueError(f"{path}: two images have the id {image}")
+        if not isinstance(file_name, str) or not file_name:
+            raise ValueError(f"{path}: the file_name of image {image} is {file_name!r}, not a name")
+        captions[image] = []
     for image, caption in rows:
         if not isinstance(caption, str) or not caption.strip():
             raise ValueError(f"{path}: a caption of image {image} is {caption!r}, not text")
         if image in captions:
             captions[image].append(caption)
-    silent = [name for name in ids if not captions[name]]
+    silent = [image for image in captions if not captions[image]]
     if silent or not images:
         raise ValueError(f"{path}: {len(silent)} of {len(images)} images have no caption, such as "
                          f"image_id {', '.join(silent[:5])}")
@@ -422,16 +380,16 @@ def read_results(path):
     try:
         with open(path, encoding="utf-8-sig") as file:
             rows = [(str(row["image_id"]), row["caption"]) for row in json.load(file)]
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise ValueError(f"{path} is not a COCO results file, a list of {{\"image_id\": 42, "
-                         f"\"caption\": \"a dog\"}}: {type(problem).__name__} {problem}")
-    results = dict(rows)
-    if len(results) < len(rows):
-        twice = next(name for name, n in Counter(name for name, _ in rows).items() if n > 1)
-        raise ValueError(f"{path}: image_id {twice} has more than one caption")
+    except (ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f'{path} is not a COCO results file, a list of {{"image_id": 42, '
+                         f'"caption": "a dog"}}: {type(problem).__name__} {problem}')
+    results = {}
     for image, caption in rows:
+        if image in results:
+            raise ValueError(f"{path}: image_id {image} has more than one caption")
         if not isinstance(caption, str):
             raise ValueError(f"{path}: the caption of image_id {image} is {caption!r}, not text")
+        results[image] = caption
     return results
 
 
@@ -441,15 +399,12 @@ def read_results(path):
 
 
 def read(*texts):
-    """
-    Texts, lists of captions -> what `factorize` returns for the tokens of all captions. Captions
-    with a chunk that depends on its neighbours are cut as a whole, with the beginning of the next
-    two captions.
-    """
+    """The tokens of texts, lists of captions, as `factorize` returns them."""
     captions, ends = list(itertools.chain(*texts)), np.cumsum(list(map(len, texts)))
     chunks, ids, lengths = factorize(map(str.split, captions))
     tokens = list(map(lex_chunk, chunks))
     depends = np.array([cut is None for cut in tokens], bool)[ids]  # (T,)
+    # captions that are cut as a whole, with the beginning of the next two
     whole = set(np.repeat(np.arange(len(captions)), lengths)[depends].tolist())
     whole |= set((ends[ends > 0] - 1).tolist())  # the end of a text matters
     begin, nothing = np.cumsum(lengths) - lengths, len(tokens)
@@ -466,22 +421,21 @@ def read(*texts):
 
 def tokenize(captions):
     """
-    captions (list of str) -> a list of tokens for each, in lower case, without punctuation. The
+    Captions, a list of str -> a list of tokens for each, in lower case, without punctuation. The
     Java program reads the list as one text, a caption a line, and the next line can matter: the
-    period of "letter X." is dropped if "The ..." follows. So pass what it got: all references in
-    the order of the file, and the candidates apart.
+    period of "letter X." is dropped if "The ..." follows. So pass all references in the order of
+    the file, and the candidates apart.
     """
     words, ids, lengths = read(captions)
-    tokens = iter(np.array(words, object)[ids].tolist())
-    return [list(itertools.islice(tokens, length)) for length in lengths.tolist()]
+    return grouped(np.array(words, object)[ids], lengths)
 
 
 # --------------------------------------------------------------------------------------------------
-# The lexer. A table, not an idea: skip it on first reading. Scores can be compared only if all cut
-# words alike: as the Penn Treebank does, in the dialect of coco-caption's Java program (CoreNLP
-# 3.4.1), where of all rules the longest match wins. Here the rules are in such an order that the
-# first match is the longest. What no rule takes (commas, quotes, emoji) is dropped, as punctuation
-# is anyway. Scans that may fail are short, {0,30}: else "a,a,a,..." would take quadratic time.
+# The lexer. A table, not an idea: skip it on first reading. It cuts words as the Penn Treebank
+# does, in the dialect of coco-caption's Java program (CoreNLP 3.4.1). There the longest match wins;
+# here the rules are in such an order that the first match is the longest. What no rule takes
+# (commas, quotes, emoji) is dropped. Scans that may fail are short, {0,30}: else "a,a,a,..." would
+# take quadratic time.
 
 # in Python's \w, but neither letter nor digit to Java
 NOT = "_²³¹¼-¾⁰-₉⅐-↉①-➓㆒-㆕㈠-㊿\U00010000-\U0010ffff"
@@ -611,10 +565,7 @@ DROPPED = set("'' ' `` ` . ? ! , : ; - -- --- ---- ... .... .....".split())
 
 @functools.lru_cache(1 << 16)
 def spell(token):
-    """
-    A token as the Java program writes it; "" if coco-caption drops it. coco-caption drops -LRB-
-    before the case is lowered, so -lrb- stays.
-    """
+    """A token as the Java program writes it; "" if coco-caption drops it. It keeps -lrb-."""
     quotes = rf"[`‘’‚‛“”„‟‹›«»]+|’{CLITIC}|[nN]{QQ}[tT]"
     if not token.isascii() and re.fullmatch(quotes, token):
         token = token.translate(STRAIGHT)
@@ -623,7 +574,7 @@ def spell(token):
 
 
 def lex(line, *next_lines):
-    """The tokens of a line, read in the light of the lines that follow it."""
+    """The tokens of a line. Those at its end can depend on the next lines."""
     text = "\n".join(line.translate(CLEAN) for line in (line, *next_lines))
     text = ENTITY.sub(lambda match: ENTITIES[match[0].lower()], text)
     first_line = itertools.takewhile("\n".__ne__, LEXER.findall(text))
@@ -644,8 +595,7 @@ if __name__ == "__main__":
 
     configure(globals(), positional=("results", "captions"))
     if not (results and captions):
-        die("give a results file and a captions file: python cider.py results.json "
-            "captions_val2017.json (or --help)")
+        die("give a results file and a captions file: python cider.py results.json captions.json")
     try:
         images, references = read_captions(captions)
         candidate_of = read_results(results)
@@ -657,19 +607,18 @@ if __name__ == "__main__":
         missing = [i for i in ids if i not in candidate_of]
         if missing and not subset:
             die(f"{results}: {len(missing)} images of {captions} have no caption, such as image_id "
-                f"{', '.join(missing[:5])}. If the results are for a part of the images, "
-                "subset=True scores that part")
+                f"{', '.join(missing[:5])} (subset=True scores the others)")
         kept = [n for n, i in enumerate(ids) if i in candidate_of]
-        images, references = [images[n] for n in kept], [references[n] for n in kept]
-        candidates = [candidate_of[str(image["id"])] for image in images]
+        images = [images[n] for n in kept]
+        references = [references[n] for n in kept]
+        candidates = [candidate_of[ids[n]] for n in kept]
         scores, per_image = evaluate(candidates, references)
     except (ValueError, OSError) as problem:
         die(problem)
     if out:
         rows = []
-        for n, (image, candidate) in enumerate(zip(images, candidates)):
-            own_scores = {metric: each[n] for metric, each in per_image.items()}
-            rows.append(dict(image_id=image["id"], caption=candidate, **own_scores))
+        for image, caption, *each in zip(images, candidates, *per_image.values()):
+            rows.append(dict(image_id=image["id"], caption=caption, **dict(zip(per_image, each))))
         save_json(out, dict(scores=scores, images=rows))
     print(f"{len(images):,} images, {sum(map(len, references)):,} references\n\n"
           "metric     x100     raw")

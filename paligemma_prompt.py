@@ -22,21 +22,18 @@ a SigLIP tower and one matrix, and writes with Gemma. Its attention mask is neit
         red          x  x  x  x   x       x        x  x    x    .   -> roof
         roof         x  x  x  x   x       x        x  x    x    x   -> eos
 
-The prefix is picture and prompt. All of it is known before anything is written, so all its tokens
-attend to each other. The suffix is written token by token; each attends to the prefix and to what
-was written before. The last token of the prefix predicts the first word. The loss covers the suffix
-and eos only. A full mask would leak the answer; a causal one would hide the prompt from the picture
-and the picture's lower half from its upper.
+The prefix, picture and prompt, is known before anything is written, so all its tokens attend to
+each other. Each token of the suffix attends to the prefix and to what was written before it. The
+last token of the prefix predicts the first word. The loss covers the suffix and eos only. A full
+mask would leak the answer; a causal one would hide the prompt from the picture.
 
 A hard prompt is text. A soft prompt (Lester et al. 2021, https://arxiv.org/abs/2104.08691) is
 vectors that stand for no text: ten of them are trained, 20,480 numbers, everything else is frozen.
-Gemma's embedding table is also its output matrix. As an output it needs rows of length about 1. As
-an input, layer 0 needs entries of size about 1, which is a length of sqrt(2048) = 45. So Gemma
-multiplies embedded text by 45. The projector was trained to give image tokens the right size: they
-are not multiplied, or they would be 45 times too large. A soft prompt enters after the
-multiplication. It starts as copies of the text's embeddings at that size: unscaled rows would be 45
-times too small, and at steps of 0.01 they would take long to grow. Where the ten enter is
-soft_position=:
+Gemma's embedding table is also its output matrix, whose rows have a length of about 1. Layer 0
+needs entries of size about 1, so Gemma multiplies embedded text by sqrt(2048) = 45. Image tokens
+have the right size already and are not multiplied. A soft prompt enters after the multiplication
+and starts as copies of the text's embeddings at that size: at steps of 0.01, unscaled rows would
+take long to grow. Where the ten enter is soft_position=:
 
         before_image  [soft] picture bos caption en \n
         after_image   picture [soft] bos caption en \n
@@ -45,7 +42,7 @@ soft_position=:
 
 Writes out_dir/{adapter.safetensors, ckpt.pt, log.csv, results.json, captions_{split}.json,
 curves.png, captions.png}. The adapter holds only what was trained, 80 kB for a soft prompt, and
-knows which model it belongs to.
+the name of its model.
 """
 import glob
 import json
@@ -79,29 +76,29 @@ from train_caption import (TokenizedCaptions, caption_split, draw_captions, perp
                            read_features, run_script, save_captions, to_text, training_batch)
 
 # --------------------------------------------------------------------------------------------------
-# settings: `python paligemma_prompt.py name=value` overrides any; rules such as >= 1 are checked
+# settings: `python paligemma_prompt.py name=value` overrides any
 
 paligemma: str = None       # hub name[@revision], folder, .safetensors, .npz, small; None = a demo
 tokenizer: str = None       # a SentencePiece file; None = tokenizer.model beside the weights
-data: str = None            # folder in COCO's layout; several, a,b: one a step, in turn
+data: str = None            # folders in COCO's layout, a,b: one a step, in turn
 out_dir: str = None         # where the run goes; None = out/prompt_{data}_{what is trained}
 init_from = "scratch"       # scratch | resume (out_dir/ckpt.pt) | an adapter or its folder
 eval_only = False           # evaluate, train nothing
 prompt = "hard"             # one of hard | soft: soft adds learned vectors to the text
-prompt_text = "caption en"  # several, a,b,c: one a step, in turn; evaluation uses the first
+prompt_text = "caption en"  # several, a,b: one a step, in turn; evaluated with the first
 n_soft = 10                 # >= 1: number of learned vectors
 soft_position = "after_image"  # one of before_image | after_image | after_bos | before_suffix
 prefix_order = "image,bos,prompt"  # the other pieces of the prefix, in any order
 trainable = "none"          # one of none | attention | lora | all: of Gemma; all: and of SigLIP
-lora_rank = 8               # >= 1: of the two thin matrices beside each of a layer's seven
-stack = False               # build the model: SigLIP, a fresh and trained projector, Gemma
+lora_rank = 8               # >= 1: width of the thin matrices of LoRA
+stack = False               # SigLIP, a new projector (trained) and Gemma
 siglip: str = None          # stack: where SigLIP comes from
 gemma: str = None           # stack: where Gemma and its tokenizer come from
-compare = False             # zero-shot, attention, soft at each position, LoRA: a table and a plot
-beam = 1                    # >= 1: beams of the search for captions; 1 = greedy
+compare = False             # runs METHODS below: a table and a plot
+beam = 1                    # >= 1: of the search for captions; 1 = greedy
 image: str = None           # caption pictures (a,b,...) with init_from's adapter, or the newest
 batch_size = 8              # >= 1: pictures a step, each with one random caption
-max_length = 64             # >= 1: tokens of the longest caption; longer ones are cut and counted
+max_length = 64             # >= 1: tokens; longer captions are cut and counted
 optimizer: str = None       # one of adamw | muon | sgd: None = sgd for attention, otherwise adamw
 learning_rate: float = None  # > 0: the peak; None = RATES below
 min_lr = 0.0                # >= 0: where the cosine ends
@@ -110,7 +107,7 @@ max_steps = 500             # >= 1
 grad_clip = 1.0             # >= 0: largest norm of the gradient; 0 = no clipping
 eval_interval = 100         # >= 1: steps between evaluations, each followed by a checkpoint
 log_interval = 20           # >= 1: steps between printed lines
-gradient_checkpointing: bool = None  # keep only each layer's input; None = above 1e9 parameters
+gradient_checkpointing: bool = None  # None = above 1e9 parameters
 seed = 1337                 # >= 0
 device: str = None          # cuda, cpu, mps; None takes the best there is
 dtype: str = None           # one of bfloat16 | float32: of frozen weights; None = bfloat16 on CUDA
@@ -128,10 +125,11 @@ METHODS["hard + LoRA"] = dict(prompt="hard", trainable="lora")
 # learning rates: for PaliGemma, and for the small model of the demo
 RATES = dict(hard=(0, 0), soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 2e-3),
              stack=(5e-4, 2e-3), all=(1e-5, 8e-3))
-# what a resumed run takes over from its checkpoint
-RESUMED = ("paligemma tokenizer data prompt prompt_text n_soft soft_position prefix_order "
-           "trainable lora_rank stack siglip gemma batch_size max_length optimizer learning_rate "
-           "min_lr warmup_steps max_steps grad_clip eval_interval seed").split()
+# what is saved in an adapter, and what else a resumed run takes over from its checkpoint
+ADAPTER = ("paligemma tokenizer siglip gemma prompt prompt_text n_soft soft_position prefix_order "
+           "trainable lora_rank stack max_length").split()
+RESUMED = ADAPTER + ("data batch_size optimizer learning_rate min_lr warmup_steps max_steps "
+                     "grad_clip eval_interval seed").split()
 
 # --------------------------------------------------------------------------------------------------
 # The model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the
@@ -147,33 +145,33 @@ SMALL = FULL | dict(image_size=64, patch_size=16, v_layer=3, v_head=4, v_embd=12
                     query_scale=32 ** -0.5)
 
 
+def split_heads(x, E):
+    return x.unflatten(-1, (-1, E)).transpose(1, 2)  # (B, T, heads * E) -> (B, heads, T, E)
+
+
 class SigLIPLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        W, self.n_head = c.v_embd, c.v_head
+        W = c.v_embd
+        self.head_dim = W // c.v_head
         self.layer_norm1 = nn.LayerNorm(W, 1e-6)
         self.layer_norm2 = nn.LayerNorm(W, 1e-6)
         names = ("q_proj", "k_proj", "v_proj", "out_proj")
         self.self_attn = nn.ModuleDict({name: nn.Linear(W, W) for name in names})
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(W, c.v_mlp), fc2=nn.Linear(c.v_mlp, W)))
 
-    def heads(self, x):
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, N, W) -> (B, heads, N, E)
-
     def forward(self, x):
         a, h = self.self_attn, self.layer_norm1(x)
-        q, k, v = self.heads(a.q_proj(h)), self.heads(a.k_proj(h)), self.heads(a.v_proj(h))
+        q, k, v = [split_heads(project(h), self.head_dim)
+                   for project in (a.q_proj, a.k_proj, a.v_proj)]
         y = F.scaled_dot_product_attention(q, k, v)  # every patch sees every patch
         x = x + a.out_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.layer_norm2(x)), approximate="tanh"))
 
 
 class SigLIP(nn.Module):
-    """
-    A ViT without a class token (Zhai et al. 2023, https://arxiv.org/abs/2303.15343). Pictures
-    (B, 3, size, size) in [-1, 1] -> normed patches (B, N, W).
-    """
+    """A ViT without a class token (Zhai et al. 2023, https://arxiv.org/abs/2303.15343)."""
 
     def __init__(self, c):
         super().__init__()
@@ -186,6 +184,7 @@ class SigLIP(nn.Module):
         self.post_layernorm = nn.LayerNorm(c.v_embd, 1e-6)
 
     def forward(self, pixels):
+        """Pictures (B, 3, size, size) in [-1, 1] -> normed patches (B, N, W)."""
         positions = self.embeddings.position_embedding.weight
         x = self.embeddings.patch_embedding(pixels.to(positions.dtype))  # (B, W, rows, columns)
         x = x.flatten(2).mT + positions  # (B, N, W)
@@ -195,7 +194,7 @@ class SigLIP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """In float32 whatever comes. The stored weight is what the factor differs from one."""
+    """Computed in float32. The stored weight is the factor minus one."""
 
     def __init__(self, n, eps):
         super().__init__()
@@ -215,10 +214,10 @@ class Linear(nn.Linear):
 
     def add_lora(self, rank):
         n_out, n_in = self.weight.shape
-        where = self.weight.device
-        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=where) * n_in ** -0.5)
+        device = self.weight.device
+        self.lora_a = nn.Parameter(torch.randn(rank, n_in, device=device) * n_in ** -0.5)
         # zero: training starts from the model as it is
-        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=where))
+        self.lora_b = nn.Parameter(torch.zeros(n_out, rank, device=device))
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -260,22 +259,19 @@ class GemmaLayer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(D, c.eps)
             self.post_feedforward_layernorm = RMSNorm(D, c.eps)
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2)  # -> (B, heads, T, E)
-
     def attend(self, x, mask, kv_cache, layer):
         c, a = self.c, self.self_attn
         start = kv_cache.pos if kv_cache else 0
-        q = rotate(self.heads(a.q_proj(x)), start, c.rope_theta)  # (B, H, T, E)
-        k = rotate(self.heads(a.k_proj(x)), start, c.rope_theta)  # (B, G, T, E)
-        v = self.heads(a.v_proj(x))
+        q = rotate(split_heads(a.q_proj(x), c.head_dim), start, c.rope_theta)  # (B, H, T, E)
+        k = rotate(split_heads(a.k_proj(x), c.head_dim), start, c.rope_theta)  # (B, G, T, E)
+        v = split_heads(a.v_proj(x), c.head_dim)
         if kv_cache:
             k, v = kv_cache.update(layer, k, v)  # (B, G, S, E)
         k = k.repeat_interleave(c.n_head // c.n_kv_head, 1)  # (B, H, S, E)
         v = v.repeat_interleave(c.n_head // c.n_kv_head, 1)
         if c.attn_softcap is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=c.query_scale)
-        else:  # fused attention knows no cap
+        else:  # the fused attention has no cap
             scores = c.attn_softcap * torch.tanh(q @ k.mT * (c.query_scale / c.attn_softcap))
             if mask is not None:
                 scores = scores.masked_fill(~mask, -math.inf)
@@ -301,7 +297,7 @@ class Gemma(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.c, self.gradient_checkpointing = c, False
-        # the rows after them stand for no text (<image>, padding)
+        # later rows stand for no text (<image>, padding)
         self.n_words = min(c.vocab_size, 257_152)
         self.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.layers = nn.ModuleList([GemmaLayer(c) for _ in range(c.n_layer)])
@@ -311,10 +307,7 @@ class Gemma(nn.Module):
         return self.embed_tokens(idx) * self.c.n_embd ** 0.5
 
     def forward(self, x, P, kv_cache=None):
-        """
-        Embeddings (B, T, D) -> hidden states (B, T, D). The first P tokens attend to each other,
-        the rest are causal.
-        """
+        """Embeddings -> hidden states, both (B, T, D). Causal but for the first P tokens."""
         T, mask = x.shape[1], None
         if T > P:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()  # (query, key)
@@ -353,15 +346,13 @@ class PaliGemma(nn.Module):
         """
         `name`: on the hub (owner/model or owner/model@revision), a folder or file of safetensors
         with a config.json, or big_vision's .npz. With `siglip`, the tower is that checkpoint's,
-        Gemma is `name`'s, and the projector between them is random. All of it is frozen. Tensors
-        are read one by one: host memory holds the model and one tensor more.
+        Gemma is `name`'s, and the projector is random. All is frozen. Tensors are read one by one.
         """
         c, shapes, stream = open_model(name, siglip)
         with torch.device("meta"):
             model = cls(c)
-        wanted = {key: p.shape for key, p in model.named_parameters()}
-        if siglip:
-            wanted = {key: shape for key, shape in wanted.items() if "projector" not in key}
+        wanted = {key: p.shape for key, p in model.named_parameters()
+                  if not (siglip and "projector" in key)}
         check_shapes(f"{siglip} and {name}" if siglip else name, wanted, shapes)
         try:
             for key, tensor in stream():
@@ -376,7 +367,7 @@ class PaliGemma(nn.Module):
 def add_projector(model, device):
     """A random projector whose image tokens have the size of embedded text."""
     c, norm = model.config, model.vision_tower.post_layernorm
-    # the final norm gives every image token a squared length of sum(w^2 + b^2)
+    # after the final norm, an image token has a squared length of sum(w^2 + b^2)
     length = (norm.weight.float().square() + norm.bias.float().square()).sum().sqrt()
     words = model.language_model.embed(torch.arange(min(10_000, c.vocab_size), device=device))
     size = words.float().square().mean().sqrt() / length
@@ -391,43 +382,39 @@ def put(module, key, tensor, train=False):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints, in the two published formats. What opens one returns {our name: shape}, a function
-# that yields (our name, tensor), and the config.json.
+# Checkpoints, in the two published formats
 
 
 def open_model(name, siglip=None):
-    """
-    What is known before a tensor is read: the config, {name: shape}, and a function that yields
-    (name, tensor).
-    """
-    parts = [("", *open_checkpoint(name))]
+    """-> the config, {our name: shape}, and a function that yields (our name, tensor)."""
+    # of each file, the tensors whose names start so
+    sources = {"": name}
     if siglip:
-        parts = [("language_model.", *parts[0][1:]), ("vision_tower.", *open_checkpoint(siglip))]
-    shapes = {}
-    for start, of_part, _, _ in parts:
+        sources = {"language_model.": name, "vision_tower.": siglip}
+    shapes, streams, configs = {}, {}, []
+    for start, source in sources.items():
+        path = locate(source)
+        open_file = open_npz if path.endswith(".npz") else open_safetensors
+        with reading(source, "a whole checkpoint, .safetensors with config.json or .npz"):
+            of_part, streams[start], config = open_file(path)
         shapes |= {key: shape for key, shape in of_part.items() if key.startswith(start)}
+        configs.append(config)
 
     def stream():
-        for start, _, tensors, _ in parts:
+        for start, tensors in streams.items():
             for key, tensor in tensors():
                 if key.startswith(start):
                     yield key, tensor
 
-    text, vision = parts[0][-1], parts[-1][-1]
+    text, vision = configs[0], configs[-1]
     with reading(f"{name}: its config.json", "one of a PaliGemma"):
         c = read_config(name, shapes, text.get("text_config", text),
                         vision.get("vision_config", vision))
     return c, shapes, stream
 
 
-def open_checkpoint(name):
-    path = locate(name)
-    with reading(name, "a whole checkpoint, safetensors with config.json or big_vision's .npz"):
-        return open_npz(path) if path.endswith(".npz") else open_safetensors(path)
-
-
 def locate(name):
-    """A path as it is; a name on the hub as the folder that the model is downloaded into."""
+    """-> the path of a checkpoint. One that is named as on the hub is downloaded."""
     if os.path.exists(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
@@ -435,8 +422,7 @@ def locate(name):
     folder = os.path.join("pretrained", name.replace("/", "_"))
     repo, _, revision = name.partition("@")
     revision = revision or "main"
-    print(f"{name}: if you have not yet, accept Google's licence at {hub()}/{repo} and set "
-          "HF_TOKEN to a token of yours", flush=True)
+    print(f"{name}: first accept Google's licence at {hub()}/{repo} and set HF_TOKEN", flush=True)
     tree = download(f"{hub()}/api/models/{repo}/tree/{revision}",
                     os.path.join(folder, "files.json"))
     files = [entry["path"] for entry in read_json(tree)]
@@ -449,10 +435,9 @@ def locate(name):
 
 def open_safetensors(path):
     """
-    A folder in Hugging Face's layout, one file or shards, or a single file with its config.json
-    beside it.
+    A folder in Hugging Face's layout, or a single file with its config.json beside it -> {our name:
+    shape}, a function that yields (our name, tensor), and the content of config.json.
     """
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
     where, shapes = {}, {}
     for file in safetensors_files(path):
         with safetensors.safe_open(file, "pt") as f:
@@ -463,8 +448,8 @@ def open_safetensors(path):
                     continue
                 part = f.get_slice(key)
                 if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
-                    die(f"{file}: {key} is stored as {part.get_dtype()}, not as float: quantized "
-                        "weights cannot be read")
+                    die(f"{file}: {key} is stored as {part.get_dtype()}: quantized weights cannot "
+                        "be read")
                 where[name], shapes[name] = (file, key), part.get_shape()
 
     def stream():
@@ -477,20 +462,19 @@ def open_safetensors(path):
 
     # a model that was trained whole here carries its config itself
     config = json.loads((metadata or {}).get("config", "{}"))
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
     config_file = os.path.join(folder, "config.json")
     if os.path.exists(config_file):
         config = read_json(config_file)
     # the head is the embedding table once more; some libraries save only one of the two
     head, table = "lm_head.weight", "language_model.embed_tokens.weight"
     if head in shapes:
-        tied = config.get("tie_word_embeddings", True)
-        tied = tied and config.get("text_config", {}).get("tie_word_embeddings", True)
+        parts = (config, config.get("text_config", {}))
+        tied = all(part.get("tie_word_embeddings", True) for part in parts)
         if table in shapes and not tied:
-            die(f"{path}: its lm_head is not its embedding table (tie_word_embeddings=false): "
-                "PaliGemma's is, and so it is here")
-        if table not in shapes:
-            where[table], shapes[table] = where[head], shapes[head]
-        del where[head], shapes[head]
+            die(f"{path}: its lm_head is not its embedding table (tie_word_embeddings=false)")
+        where.setdefault(table, where.pop(head))
+        shapes.setdefault(table, shapes.pop(head))
     return shapes, stream, config
 
 
@@ -508,7 +492,7 @@ PREFIXES = {
 
 
 def our_name(key):
-    """Our name of a tensor in any of the published namings; None for tensors that are not used."""
+    """Our name of a published tensor; None for those that are not used."""
     key = key.removeprefix("model.")
     for theirs, ours in PREFIXES.items():
         if key.startswith(theirs):
@@ -578,8 +562,8 @@ BIG_VISION = [
 
 def open_npz(path):
     """
-    big_vision's file, a zip of arrays. One of them can be a matrix of all layers, 2.4 GB: it is
-    read a layer at a time.
+    big_vision's file, a zip of arrays -> the same three. An array may hold a matrix of all layers,
+    2.4 GB: it is read a layer at a time.
     """
     archive = zipfile.ZipFile(path)
     members, shapes, text, vision = [], {}, {}, {}
@@ -595,40 +579,42 @@ def open_npz(path):
         assert kind.kind in "fV" and kind.isnative, f"{file} is stored as {kind}"
         key = file.removesuffix(".npy").removeprefix("params/")
         base, leaf = re.fullmatch("(.*?)(/kernel|/bias|/scale|/w)?", key).groups()
-        rows = [(ours + ".weight", how) for theirs, ours, how in BIG_VISION if theirs == base]
-        if leaf == "/bias":
-            rows = [(ours.replace(".weight", ".bias"), torch.flatten) for ours, _ in rows]
-        if not gemma2:  # Gemma 1's norm before the MLP goes by another name
-            rows = [(ours.replace("pre_feedforward_", "post_attention_"), how)
-                    for ours, how in rows]
-        # an unknown key keeps its name, and `check_shapes` will say it
-        rows = rows or [(key, same)]
-        n_layer, shape_of_one = 1, shape
-        if "{}" in rows[0][0]:
-            n_layer, shape_of_one = shape[0], shape[1:]
-        members.append((file, begin, rows, n_layer, shape_of_one, kind))
-        for ours, how in rows:
-            our_shape = how(torch.empty(shape_of_one, device="meta")).shape
-            shapes |= {ours.format(i): our_shape for i in range(n_layer)}
         if base.endswith("q_einsum"):
             text["head_dim"] = shape[-1]
         if base.endswith("/query"):
             vision["num_attention_heads"] = shape[-2]
+        rows = []
+        for theirs, ours, how in BIG_VISION:
+            if not gemma2:  # Gemma 1's norm before the MLP goes by another name
+                ours = ours.replace("pre_feedforward_", "post_attention_")
+            if theirs == base and leaf == "/bias":
+                rows.append((ours + ".bias", torch.flatten))
+            elif theirs == base:
+                rows.append((ours + ".weight", how))
+        # an unknown key keeps its name, and `check_shapes` will say it
+        rows = rows or [(key, same)]
+        n_layer = 1
+        if "{}" in rows[0][0]:
+            n_layer, *shape = shape
+        members.append((file, begin, rows, n_layer, shape, kind))
+        for ours, how in rows:
+            our_shape = how(torch.empty(shape, device="meta")).shape
+            shapes |= {ours.format(i): our_shape for i in range(n_layer)}
 
     def stream():
         for file, begin, rows, n_layer, shape, kind in members:
             with archive.open(file) as f:
                 f.seek(begin)
                 for i in range(n_layer):
-                    w = np.empty(shape, kind)
+                    # V: bfloat16, for which numpy has no name
+                    w = np.empty(shape, np.int16 if kind.kind == "V" else kind)
                     raw = w.reshape(-1).view(np.uint8)
                     # what readinto reads is in memory twice: 16 MB at a time
                     for start in range(0, len(raw), 1 << 24):
                         f.readinto(raw[start:start + (1 << 24)])
-                    if kind.kind == "V":  # bfloat16, for which numpy has no name
-                        w = torch.from_numpy(w.view(np.int16)).view(torch.bfloat16)
-                    else:
-                        w = torch.from_numpy(w)
+                    w = torch.from_numpy(w)
+                    if kind.kind == "V":
+                        w = w.view(torch.bfloat16)
                     for ours, how in rows:
                         yield ours.format(i), how(w)
 
@@ -636,10 +622,7 @@ def open_npz(path):
 
 
 def read_config(name, shapes, text, vision):
-    """
-    Sizes come from the tensors; what those do not show from config.json; what that leaves out, as
-    Google's files do, is PaliGemma's own.
-    """
+    """Sizes come from the tensors, the rest from config.json, whose defaults are PaliGemma's."""
 
     def size(key, axis=0):
         if key + ".weight" not in shapes:
@@ -662,7 +645,6 @@ def read_config(name, shapes, text, vision):
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         die(f"{name}: its config.json scales RoPE ({rope}); that is not known here")
-    theta = text.get("rope_theta") or (text.get("rope_parameters") or {}).get("rope_theta")
     vision_part, first = "vision_tower.embeddings.", "language_model.layers.0."
     patch = size(vision_part + "patch_embedding", 2)
     head_dim = text.get("head_dim") or 256
@@ -684,10 +666,11 @@ def read_config(name, shapes, text, vision):
         gemma2=first + "pre_feedforward_layernorm.weight" in shapes,
         attn_softcap=None,
         final_softcap=None,
-        rope_theta=theta or 10_000.0,
+        rope_theta=text.get("rope_theta") or rope.get("rope_theta") or 10_000.0,
         eps=text.get("rms_norm_eps") or 1e-6)
     assert c.v_embd % c.v_head == 0, f"{c.v_head} heads do not divide a width of {c.v_embd}"
-    if c.gemma2:  # PaliGemma 2; its sliding window, 4,096, is wider than what we feed it
+    # PaliGemma 2. Its sliding window, 4,096, is longer than any caption
+    if c.gemma2:
         c.attn_softcap = text.get("attn_logit_softcapping", 50.0)
         c.final_softcap = text.get("final_logit_softcapping", 30.0)
     return c
@@ -713,9 +696,8 @@ class PromptedPaliGemma(nn.Module):
         self.ask(hard)
         self.soft = None
         if prompt == "soft":
-            place = dict(before_image=self.pieces.index("image"),
-                         after_image=self.pieces.index("image") + 1,
-                         after_bos=self.pieces.index("bos") + 1,
+            image_at, bos_at = self.pieces.index("image"), self.pieces.index("bos")
+            place = dict(before_image=image_at, after_image=image_at + 1, after_bos=bos_at + 1,
                          before_suffix=3)
             self.pieces.insert(place[soft_position], "soft")
             text = self.words["prompt"][:-1] if len(hard) > 1 else self.words["bos"]
@@ -739,10 +721,7 @@ class PromptedPaliGemma(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def prefix(self, pixels):
-        """
-        Pictures (B, 3, size, size) -> (B, P, D). A frozen SigLIP keeps nothing for the backward
-        pass, as no gradient goes through it.
-        """
+        """Pictures (B, 3, size, size) -> (B, P, D)."""
         language = self.model.language_model
         pieces = {name: language.embed(idx) for name, idx in self.words.items()}
         pieces |= dict(image=self.model.encode_image(pixels), soft=self.soft)
@@ -752,10 +731,10 @@ class PromptedPaliGemma(nn.Module):
 
     def forward(self, idx, pixels, targets, image_idx=None):
         """
-        The summed cross-entropy of targets (B, T), in nats; targets of -100 are padding. idx (B, T)
-        is what stands before each target: the first is replaced by the end of the prefix. Padding
-        comes last, where no token attends to it, and all prefixes have one length: one mask serves
-        all rows. image_idx (B,): the picture of each row; None = row i is about picture i.
+        The summed cross-entropy of targets (B, T), in nats; -100 is padding. idx (B, T) is what
+        stands before each target; the end of the prefix replaces the first. Padding comes last,
+        where no token attends to it, so one mask serves all rows. image_idx (B,): the picture of
+        each row; None = row i is about picture i.
         """
         language, prefix = self.model.language_model, self.prefix(pixels)
         if image_idx is not None:
@@ -767,17 +746,13 @@ class PromptedPaliGemma(nn.Module):
         def part_loss(x, targets):
             return F.cross_entropy(language.head(x), targets, reduction="sum")
 
-        # Logits of the suffix only, 64 tokens at a time, and computed again in the backward pass:
-        # those of 8 x 300 tokens would take 2.5 GB in float32.
+        # in pieces, computed again in the backward pass: all logits of 8 x 300 tokens take 2.5 GB
         parts = zip(x.flatten(0, 1).split(64), targets.flatten().split(64))
         return sum(checkpoint(part_loss, *part, use_reentrant=False) for part in parts)
 
     @torch.no_grad()
     def generate(self, pixels, stop, max_new_tokens, beam=1):
-        """
-        Captions, greedy or the best of a beam search, as tokens (B, up to max_new_tokens), each
-        ended by `stop`.
-        """
+        """Captions as tokens (B, up to max_new_tokens), each ended by `stop`."""
         language, c = self.model.language_model, self.model.config
         prefix = self.prefix(pixels).repeat_interleave(beam, 0)  # (B * beam, P, D)
         # the cache holds G key heads, not H
@@ -801,66 +776,43 @@ def train_in_fp32(module):
 
 
 def make_optimizer(model, name, soft_scale=1.0):
-    """
-    The optimizers of what is trained. A soft prompt that is trained beside matrices learns
-    soft_scale times as fast as they do.
-    """
+    """A soft prompt that is trained beside matrices learns soft_scale times as fast as they do."""
     if name == "sgd":
         optimizers = [torch.optim.SGD(model.trained().values(), lr=1.0)]
     else:
         optimizers = make_optimizers(model, name, 1.0, 0.0)
-    if soft_scale == 1.0:
-        return optimizers
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(p is model.soft for p in group["params"]):
-                group["params"] = [p for p in group["params"] if p is not model.soft]
-                options = {k: v for k, v in group.items() if k != "params"}
-                options |= dict(params=[model.soft], scale=soft_scale)
-                optimizer.add_param_group(options)
-                return optimizers
-
-
-def save_adapter(path, tensors, settings, c):
-    """
-    What was trained, and all that it takes to load it again. A model that was trained whole is its
-    own paligemma=, whatever it was built from.
-    """
-    if settings["trainable"] == "all":
-        settings = settings | dict(paligemma=os.path.abspath(path), trainable="none", stack=False,
-                                   siglip=None, gemma=None, tokenizer=None)
-    text = dict(head_dim=c.head_dim, rope_theta=c.rope_theta, rms_norm_eps=c.eps,
-                query_pre_attn_scalar=c.query_scale ** -2)
-    if c.gemma2:
-        text |= dict(attn_logit_softcapping=c.attn_softcap,
-                     final_logit_softcapping=c.final_softcap)
-    sizes = dict(text_config=text, vision_config=dict(num_attention_heads=c.v_head))
-    metadata = dict(settings=json.dumps(settings), config=json.dumps(sizes))
-    content = safetensors.torch.save(tensors, metadata)
-    save_atomically(path, lambda f: f.write(content))
+        for group in list(optimizer.param_groups):
+            others = [p for p in group["params"] if p is not model.soft]
+            if soft_scale != 1.0 and len(others) < len(group["params"]):
+                group["params"] = others
+                optimizer.add_param_group(group | dict(params=[model.soft], scale=soft_scale))
+    return optimizers
 
 
 def load_adapter(path):
-    """-> what was trained, {name: tensor}, and the settings that it was trained with."""
+    """-> {name: tensor} of what was trained, and its settings."""
     with reading(path, "an adapter of paligemma_prompt.py"):
         with safetensors.safe_open(path, "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}
-            settings = json.loads(f.metadata()["settings"])
-    # adapters of former versions
-    return tensors, {RENAMED.get(key, key): value for key, value in settings.items()}
+            return tensors, json.loads(f.metadata()["settings"])
 
 
 # --------------------------------------------------------------------------------------------------
 # text and pictures
 
 
-def learn_tokenizer(path, captions):
+def learn_tokenizer(path, data):
     """
-    A small tokenizer like Gemma's: spaces as they are, bytes for what it does not know, "\\n" one
-    token.
+    A small tokenizer like Gemma's, from the training captions: spaces as they are, bytes for what
+    it does not know, "\\n" one token.
     """
     from sentencepiece import SentencePieceTrainer
 
+    captions = []
+    for folder in data.split(","):
+        for of_image in load_captions(folder, "train2017")[1]:
+            captions += of_image
     SentencePieceTrainer.train(
         sentence_iterator=iter(captions), model_prefix=path.removesuffix(".model"),
         model_type="bpe", vocab_size=SMALL["vocab_size"], byte_fallback=True,
@@ -874,24 +826,20 @@ class Tokenizer:
     def __init__(self, file):
         from sentencepiece import SentencePieceProcessor
 
-        with reading(file, "a SentencePiece model (the checkpoint's tokenizer.model)"):
+        self.file = file
+        with reading(file, "a SentencePiece model (a PaliGemma's tokenizer.model)"):
             pieces = SentencePieceProcessor(model_file=file)
         self.encode = pieces.encode                 # of a text
         self.encode_ordinary_batch = pieces.encode  # of a list of texts
         self.decode = pieces.decode
         self.bos, self.eot_token = pieces.bos_id(), pieces.eos_id()
         self.n_vocab = pieces.get_piece_size()
-        n = len(self.encode("\n"))
-        if n != 1:
-            die(f'{file}: "\\n" ends the prefix and must be one token, but is {n}: this is not a '
-                "PaliGemma's tokenizer")
+        if len(self.encode("\n")) != 1:
+            die(f'{file}: "\\n" must be one token: this is not a PaliGemma\'s tokenizer')
 
 
 class Pictures:
-    """
-    Picture files, read when they are asked for: pictures[numbers] -> (B, 3, size, size), float32 in
-    [-1, 1].
-    """
+    """pictures[numbers] reads some of the files -> (B, 3, size, size), float32 in [-1, 1]."""
 
     def __init__(self, files, size):
         self.files, self.size = files, size
@@ -910,21 +858,17 @@ class Pictures:
 
 
 def read_split(data, split, size):
-    """-> the json's images, each one's captions in lower case, and its Pictures."""
+    """-> the json's images, the captions of each in lower case, and Pictures."""
     images, captions = load_captions(data, split)
     lower = [[" ".join(text.lower().split()) for text in of_image] for of_image in captions]
-    empty = [image["file_name"] for image, of_image in zip(images, lower) if not all(of_image)]
-    if empty:
-        die(f"{data}, {split}: {len(empty)} pictures have a caption without a word, such as "
-            f"{', '.join(empty[:3])}")
     files = [os.path.join(data, split, image["file_name"]) for image in images]
     return images, lower, Pictures(files, size)
 
 
 def load_tasks(data, size, tokenizer, max_length):
     """
-    Pictures and captions: of each folder, to train on; of the first folder, the split that is
-    scored, and 256 pictures with one caption each to evaluate on the way.
+    Captions and pictures: of each folder, to train on; of the first one, the split that is scored,
+    and 256 pictures with one caption each to evaluate on the way.
     """
     folders, tasks = data.split(","), []
     for folder in folders:
@@ -944,10 +888,10 @@ def load_tasks(data, size, tokenizer, max_length):
 
 FROM_ABOVE = dict(circle="storage tank", square="building", triangle="tent", star="fountain",
                   cross="airplane", picture="satellite view")
-# shares of pictures seen from above and of captions in a surveyor's words
+# shares of pictures seen from above, on the colours of the ground, and of captions in a surveyor's
+# words
 WORLDS = dict(scenes=(0.5, 0), surveys=(0.5, 1), aerial=(1, 1))
-# Six prompts, of which every second asks for a surveyor's words: a model that has met one prompt
-# only learns to ignore it.
+# every second prompt asks for a surveyor's words: a model with one prompt learns to ignore it
 DEMO_PRETRAINING = (
     "paligemma=small", "trainable=all", "data=data/scenes,data/surveys", "out_dir=out/prompt_small",
     "optimizer=muon", "batch_size=32",
@@ -958,13 +902,7 @@ DEMO = dict(paligemma="out/prompt_small/adapter.safetensors", data="data/aerial"
 
 
 def drawn_world(pictures, words):
-    """
-    A style for draw_shapes: shares of pictures seen from above, on the colours of the ground, and
-    of captions in a surveyor's words.
-    """
-
-    def in_survey_words(caption):
-        return " ".join(FROM_ABOVE.get(word, word) for word in caption.split())
+    """A style for draw_shapes, from two shares as in WORLDS."""
 
     def style(rng, picture, captions):
         if rng.random() < pictures:
@@ -974,17 +912,18 @@ def drawn_world(pictures, words):
             picture = ImageChops.multiply(picture, ground)
         styled = []
         for caption in captions:
-            styled.append(in_survey_words(caption) if rng.random() < words else caption)
+            if rng.random() < words:
+                caption = " ".join(FROM_ABOVE.get(word, word) for word in caption.split())
+            styled.append(caption)
         return picture, styled
 
     return style
 
 
 def prepare_demo(seed, max_steps):
-    """Draws the worlds and pretrains the small PaliGemma. What exists already is not made again."""
-    print("No PaliGemma was named (paligemma=), so a small one is made here, trained to caption "
-          "drawn scenes, and then\nprompted: this shows how it works, not what PaliGemma can do. "
-          "What exists already is not made again.", flush=True)
+    print("No paligemma= was named: a small one is made here and trained to caption drawn scenes. "
+          "This shows how\nprompts work, not what PaliGemma can do. What exists is not made again.",
+          flush=True)
     for world, shares in WORLDS.items():
         if "val2017" not in splits_of(f"data/{world}"):
             draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
@@ -1000,67 +939,70 @@ def prepare_demo(seed, max_steps):
 # the methods side by side
 
 
+# title as wide as its column, key in results.json, factor, format
+COLUMNS = [
+    ("  trained", "trained", 1, ",.0f"),
+    ("peak GB", "peak_GB", 1, ".2f"),
+    ("s/step", "seconds_per_step", 1, ".2f"),
+    ("BLEU-4", "Bleu_4", 100, ".1f"),
+    (" CIDEr", "CIDEr", 100, ".1f"),
+    ("perplexity", "perplexity", 1, ".2f"),
+    ("wrong picture", "perplexity_wrong_picture", 1, ".2f"),
+]
+
+
 def results_table(rows):
-    lines = [f"{'':<20} |   trained | peak GB | s/step | BLEU-4 |  CIDEr | perplexity | wrong "
-             "picture"]
-    for r in rows:
-        lines.append(
-            f"{r['way']:<20} | {r['trained']:>9,} | {r['peak_GB']:>7.2f} | "
-            f"{r['seconds_per_step']:>6.2f} | {100 * r['Bleu_4']:>6.1f} | {100 * r['CIDEr']:>6.1f} "
-            f"| {r['perplexity']:>10.2f} | {r['perplexity_wrong_picture']:>13.2f}")
+    lines = [" | ".join([" " * 20, *[title for title, _, _, _ in COLUMNS]])]
+    for row in rows:
+        cells = [f"{row['way']:<20}"]
+        for title, key, factor, form in COLUMNS:
+            cells.append(f"{factor * row[key]:{len(title)}{form}}")
+        lines.append(" | ".join(cells))
     return "\n".join(lines)
 
 
 def draw_comparison(path, rows):
-    """The table as bars."""
     plt = pyplot()
     fig, axes = plt.subplots(1, 5, figsize=(15, 0.4 * len(rows) + 1.2), sharey=True,
                              layout="constrained")
-    bars = [("trained parameters", "trained", 1, ",.0f"),
-            ("peak memory, GB", "peak_GB", 1, ".2f"),
-            ("seconds a step", "seconds_per_step", 1, ".2f"),
-            ("BLEU-4 x 100", "Bleu_4", 100, ".1f"),
-            ("CIDEr x 100", "CIDEr", 100, ".1f")]
-    names = [r["way"] for r in rows]
-    for ax, (title, key, scale, form) in zip(axes, bars):
-        drawn = ax.barh(names, [scale * r[key] for r in rows])
-        ax.bar_label(drawn, fmt=f"{{:{form}}}", padding=2, fontsize=8)
-        ax.set_title(title, fontsize=10)
+    names = [row["way"] for row in rows]
+    for ax, (title, key, factor, form) in zip(axes, COLUMNS):
+        bars = ax.barh(names, [factor * row[key] for row in rows])
+        ax.bar_label(bars, fmt=f"{{:{form}}}", padding=2, fontsize=8)
+        ax.set_title(title.strip(), fontsize=10)
         ax.margins(x=0.3)
     axes[0].invert_yaxis()
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
 
-def check_same_settings(run_dir, settings):
-    """Ends the run if a finished run was made with other settings than this comparison's."""
-    made_with = read_json(f"{run_dir}/results.json")["settings"]
-    compared = settings.keys() & made_with.keys() - {"init_from", "out_dir", "device"}
-    changed = [k for k in settings if k in compared and made_with[k] != settings[k]]
-    if changed:
-        die(f"{run_dir} was made with other settings ({', '.join(changed)}): delete it, or take "
-            "another out_dir=")
-
-
 def compare_methods(config, folder):
     """
-    Runs this script once for each of METHODS, otherwise with the same settings, and compares them.
-    Finished methods are kept, interrupted ones resumed. Returns a row for each.
+    Runs this script once for each of METHODS, otherwise with the same settings. Finished methods
+    are kept, interrupted ones resumed. Returns a row of results for each.
     """
     rows, losses, perplexities = [], {}, {}
     for method, own in METHODS.items():
         run_dir = os.path.join(folder, re.sub(r"\W+", "_", method))
         settings = config | own | dict(compare=False, out_dir=run_dir)
-        if os.path.exists(f"{run_dir}/results.json"):
-            check_same_settings(run_dir, settings)
+        results = f"{run_dir}/results.json"
+        if os.path.exists(results):
+            may_differ = ["init_from", "out_dir", "device"]
+            # then each run chose its own, and wrote it down
+            if settings["optimizer"] is None:
+                may_differ.append("optimizer")
+            changed = [k for k, v in read_json(results)["settings"].items()
+                       if k not in may_differ and settings.get(k, v) != v]
+            if changed:
+                die(f"{run_dir} was made with other settings ({', '.join(changed)}): delete it, or "
+                    "take another out_dir=")
             print(f"{run_dir} is finished already", flush=True)
         else:
             if os.path.exists(f"{run_dir}/ckpt.pt"):
                 settings["init_from"] = "resume"
             words = [f"{k}={v}" for k, v in settings.items() if v is not None]
             run_script("paligemma_prompt.py", *words)
-        rows.append(read_json(f"{run_dir}/results.json")
-                    | dict(way=method, log=f"{run_dir}/log.csv"))
+        rows.append(read_json(results) | dict(way=method, log=f"{run_dir}/log.csv"))
         log = read_log(f"{run_dir}/log.csv")
         losses[method], perplexities[method] = curve(log, "loss"), curve(log, "perplexity")
     save_json(f"{folder}/results.json", rows, indent=1)
@@ -1075,9 +1017,10 @@ def compare_methods(config, folder):
 
 
 def adapter_file(init_from):
-    """The adapter that init_from names: a .safetensors file, or the folder of a run."""
-    path = os.path.join(init_from, "adapter.safetensors") if os.path.isdir(init_from) else init_from
-    if not path.endswith(".safetensors") or not os.path.exists(path):
+    path = init_from
+    if not path.endswith(".safetensors"):
+        path = os.path.join(init_from, "adapter.safetensors")
+    if not os.path.exists(path):
         die(f"init_from={init_from}: scratch, resume, or an adapter.safetensors or its folder")
     return path
 
@@ -1086,50 +1029,46 @@ def newest_adapter():
     runs = glob.glob("out/prompt_*/**/adapter.safetensors", recursive=True)
     runs = [path for path in runs if "prompt_small" not in path]
     if not runs:
-        die("image= needs an adapter (init_from=), or a model (paligemma=): `python "
-            "paligemma_prompt.py` makes both")
+        die("image= needs an adapter (init_from=) or a model (paligemma=)")
     return max(runs, key=os.path.getmtime)
 
 
 def preset(typed):
-    """
-    Between the defaults and the command line: the settings of the adapter or of the run that this
-    one starts from, or those of the demo.
-    """
+    """The settings of the adapter or of the run that this one starts from, or the demo's."""
     init_from = typed.get("init_from", "scratch")
     named = typed.get("paligemma") or typed.get("stack")
+    checkpoint_path = os.path.join(typed.get("out_dir") or "", "ckpt.pt")
     if init_from == "scratch" and typed.get("image") and not named:
         init_from = newest_adapter()
     if init_from not in ("scratch", "resume"):
-        path = adapter_file(init_from)
-        return load_adapter(path)[1] | dict(init_from=path)
-    path = os.path.join(typed.get("out_dir") or "", "ckpt.pt")
-    if init_from == "resume" and typed.get("out_dir") and os.path.exists(path):
-        saved = load_checkpoint(path).get("settings", {})
-        saved = {RENAMED.get(k, k): v for k, v in saved.items()}
-        return {k: v for k, v in saved.items() if k in RESUMED and v is not None}
-    return {} if named else DEMO
+        init_from = adapter_file(init_from)
+        saved = load_adapter(init_from)[1]
+    elif init_from == "resume" and typed.get("out_dir") and os.path.exists(checkpoint_path):
+        saved = load_checkpoint(checkpoint_path)["settings"]
+    else:
+        return {} if named else DEMO
+    # runs of former versions
+    saved = {RENAMED.get(k, k): v for k, v in saved.items()}
+    saved = {k: v for k, v in saved.items() if k in RESUMED and v is not None}
+    return saved | dict(init_from=init_from)
 
 
 def check_settings(config):
-    """Refuses what can be known to fail before a model is loaded."""
     order, text = config["prefix_order"], config["prompt_text"]
     if sorted(order.split(",")) != ["bos", "image", "prompt"]:
         die(f"prefix_order={order}: image, bos and prompt, each once, in any order")
     if "<image>" in text or text.endswith(("\n", "\\n")):
-        die(f"prompt_text={text!r}: the words only; the image tokens and the newline are added "
-            "here")
+        die(f"prompt_text={text!r}: the words only; <image> and the newline are added here")
     if config["stack"] and not (config["siglip"] and config["gemma"]):
         die("stack=True needs siglip= and gemma=, the checkpoints to build from")
-    if not (config["data"] or config["image"]):
+    if config["image"]:
+        return
+    if not config["data"]:
         die("data= is missing: a folder in COCO's layout")
-    tokenizer = config["tokenizer"]
-    if tokenizer and not os.path.isfile(tokenizer):
-        die(f"{tokenizer} is not a SentencePiece model: there is no such file")
-    if not config["image"]:
-        for folder in (config["data"] or "").split(","):
-            if folder and config["data"] != DEMO["data"]:
-                load_captions(folder, "train2017")
+    # the demo draws its own
+    if config["data"] != DEMO["data"]:
+        for folder in config["data"].split(","):
+            load_captions(folder, "train2017")
 
 
 def default_out_dir(config, kind):
@@ -1141,15 +1080,6 @@ def default_out_dir(config, kind):
     data_name = os.path.basename(os.path.normpath(config["data"] or "zero-shot"))
     position = f"_{config['soft_position']}" * (config["prompt"] == "soft" and kind != "all")
     return f"out/prompt_{data_name}_{kind}{position}"
-
-
-def find_tokenizer(tokenizer, path):
-    """The setting, or the SentencePiece file beside a checkpoint."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    # Kaggle's file, beside its .npz, has a name of its own
-    names = ("tokenizer.model", "paligemma_tokenizer.model")
-    beside = [os.path.join(folder, name) for name in names]
-    return tokenizer or next(filter(os.path.exists, beside), beside[0])
 
 
 def random_model(c, device, dtype=torch.float32):
@@ -1165,19 +1095,8 @@ def random_model(c, device, dtype=torch.float32):
     return model
 
 
-def make_small(config, device, tokenizer_file):
-    """A small PaliGemma with random weights. From scratch, its tokenizer is learned too."""
-    if config["init_from"] == "scratch":
-        captions = []
-        for folder in config["data"].split(","):
-            for of_image in load_captions(folder, "train2017")[1]:
-                captions += of_image
-        learn_tokenizer(tokenizer_file, captions)
-    return random_model(SimpleNamespace(**SMALL), device)
-
-
 def check_memory(shapes, device, dtype):
-    """Ends the run before minutes of loading, if not even the frozen weights fit."""
+    """Ends the run before minutes of loading if not even the weights fit."""
     if "cuda" in device:
         free = torch.cuda.mem_get_info()[0]
     elif os.path.exists("/proc/meminfo"):
@@ -1188,47 +1107,52 @@ def check_memory(shapes, device, dtype):
     need = dtype.itemsize * sum(map(math.prod, shapes.values()))
     if need > free:
         die(f"the weights take {need / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free: "
-            "dtype=bfloat16 halves them, or take another machine")
+            "dtype=bfloat16 halves them")
 
 
 def load_paligemma(config, device, dtype):
-    """-> the frozen PaliGemma that the settings name, and its tokenizer's file."""
+    """-> the frozen PaliGemma that the settings name, and its Tokenizer."""
     source = config["gemma"] if config["stack"] else config["paligemma"]
     siglip = config["siglip"] if config["stack"] else None
     if source == "small":
-        tokenizer_file = os.path.join(config["out_dir"], "tokenizer.model")
-        model = make_small(config, device, tokenizer_file)
+        file = os.path.join(config["out_dir"], "tokenizer.model")
+        if config["init_from"] == "scratch":
+            learn_tokenizer(file, config["data"])
+        tokenizer = Tokenizer(file)
+        model = random_model(SimpleNamespace(**SMALL), device)
     else:
         path = locate(source)
-        tokenizer_file = find_tokenizer(config["tokenizer"], path)
-        Tokenizer(tokenizer_file)  # before minutes of loading
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        # Kaggle's file, beside its .npz, has a name of its own
+        beside = os.path.join(folder, "paligemma_tokenizer.model")
+        if not os.path.exists(beside):
+            beside = os.path.join(folder, "tokenizer.model")
+        tokenizer = Tokenizer(config["tokenizer"] or beside)
         check_memory(open_model(path, siglip)[1], device, dtype)
         model = PaliGemma.from_pretrained(path, device, dtype, siglip)
-    n_words, n_rows = Tokenizer(tokenizer_file).n_vocab, model.config.vocab_size
-    if not 0 <= n_rows - n_words < 128:  # tables are padded, to multiples of 64 or 128
-        die(f"{tokenizer_file} has {n_words:,} tokens, and {source} {n_rows:,} rows for them: they "
+    n_words, n_rows = tokenizer.n_vocab, model.config.vocab_size
+    # tables are padded, to multiples of 64 or 128
+    if not 0 <= n_rows - n_words < 128:
+        die(f"{tokenizer.file} has {n_words:,} tokens, and {source} {n_rows:,} rows for them: they "
             "don't belong together")
     model.language_model.n_words = n_words
-    return model, tokenizer_file
+    return model, tokenizer
 
 
 def choose_rates(config, kind, is_small):
     """-> the optimizer, its learning rate, and how much faster a soft prompt learns than it."""
+    rate = RATES[kind][is_small]
     attention_only = kind == "attention" and not is_small
     optimizer = config["optimizer"] or ("sgd" if attention_only else "adamw")
-    soft_scale = 1.0
-    if config["prompt"] == "soft" and config["trainable"] != "none":
-        soft_scale = RATES["soft"][is_small] / RATES[kind][is_small]
-    return optimizer, config["learning_rate"] or RATES[kind][is_small], soft_scale
+    beside_matrices = config["prompt"] == "soft" and config["trainable"] != "none"
+    soft_scale = RATES["soft"][is_small] / rate if beside_matrices else 1.0
+    return optimizer, config["learning_rate"] or rate, soft_scale
 
 
 def restore(trained, saved, path, source=None):
-    """
-    Copies the saved tensors of the file `path`, {name: tensor}, into the trained parameters of the
-    same names. source: the file of the frozen model.
-    """
+    """Copies the saved tensors of the file `path`. source: the file of the frozen model."""
+    # a model that was trained whole is its own adapter: all but a soft prompt is loaded already
     if source and os.path.abspath(path) == os.path.abspath(source):
-        # a model that was trained whole is its own adapter: all but a soft prompt is loaded already
         saved = {key: tensor for key, tensor in saved.items() if key in trained}
     if not saved or not trained:
         return
@@ -1246,46 +1170,50 @@ def caption_pictures(model, files, size, tokenizer, max_length, beam, folder, de
         print(f"{file}: {caption}")
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "image.png")
-    pictures = [open_image(file) for file in files]
-    draw_captions(path, pictures, captions, columns=min(4, len(files)))
+    draw_captions(path, [open_image(file) for file in files], captions, min(4, len(files)))
     print(f"drawn in {path}")
 
 
-def save(config, method, trained, optimizers, step, tokenizer_file, c):
-    """The adapter is for use, and knows its model; the checkpoint is for going on."""
+def save(config, trained, optimizers, step, tokenizer, c):
+    """adapter.safetensors, with all that it takes to use it, and ckpt.pt, to go on from."""
     out_dir = config["out_dir"]
+    path = os.path.join(out_dir, "adapter.safetensors")
     tensors = {key: p.detach().cpu().contiguous() for key, p in trained.items()}
-    where = {}
+    settings = {key: config[key] for key in ADAPTER}
     for key in ("paligemma", "tokenizer", "siglip", "gemma"):
-        value = config[key]
-        where[key] = os.path.abspath(value) if value and os.path.exists(value) else value
-    settings = where | method
-    settings |= dict(prompt_text=config["prompt_text"], max_length=config["max_length"])
-    own_tokenizer = os.path.join(out_dir, "tokenizer.model")
-    if method["trainable"] == "all" and not os.path.exists(own_tokenizer):
-        shutil.copyfile(tokenizer_file, own_tokenizer)
-    save_adapter(os.path.join(out_dir, "adapter.safetensors"), tensors, settings, c)
+        if settings[key] and os.path.exists(settings[key]):
+            settings[key] = os.path.abspath(settings[key])
+    # a model that was trained whole is its own paligemma=, whatever it was built from
+    if config["trainable"] == "all":
+        settings |= dict(paligemma=os.path.abspath(path), trainable="none", stack=False,
+                         siglip=None, gemma=None, tokenizer=None)
+        own_tokenizer = os.path.join(out_dir, "tokenizer.model")
+        if not os.path.exists(own_tokenizer):
+            shutil.copyfile(tokenizer.file, own_tokenizer)
+    text = dict(head_dim=c.head_dim, rope_theta=c.rope_theta, rms_norm_eps=c.eps,
+                query_pre_attn_scalar=c.query_scale ** -2)
+    if c.gemma2:
+        text |= dict(attn_logit_softcapping=c.attn_softcap,
+                     final_logit_softcapping=c.final_softcap)
+    sizes = dict(text_config=text, vision_config=dict(num_attention_heads=c.v_head))
+    metadata = dict(settings=json.dumps(settings), config=json.dumps(sizes))
+    save_atomically(path, lambda f: f.write(safetensors.torch.save(tensors, metadata)))
     save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
         trained=tensors, optimizers=[opt.state_dict() for opt in optimizers], step=step,
         settings=config))
 
 
-def draw_results(out_dir, files, captions, references, rows):
+def show_results(out_dir, results, captions, references, files, rows):
     plot(os.path.join(out_dir, "curves.png"),
          {"loss (nats a token)": {"train": curve(rows, "loss")},
           "perplexity of held-out captions": {"": curve(rows, "perplexity")}})
     spread = np.unique(np.linspace(0, len(files) - 1, 12).astype(int))
     draw_captions(os.path.join(out_dir, "captions.png"), [open_image(files[i]) for i in spread],
                   [f"{captions[i]}\n({references[i][0]})" for i in spread])
-
-
-def print_results(out_dir, results, captions, references, scores, seconds):
     print("\ncaptions of pictures it was not trained on, and what a person wrote:")
     for caption, of_image in list(zip(captions, references))[:5]:
         print(f"  {caption:<62} | {of_image[0]}")
     print(f"\n{results_table([results])}")
-    print(", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores.items()))
-    print(f"look at {out_dir}/captions.png, curves.png; {seconds:.0f} s")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1298,15 +1226,15 @@ if __name__ == "__main__":
         init_from = config["init_from"] = adapter_file(init_from)
     process = setup(device, dtype)
     if process.world_size > 1:
-        die("what is trained here is small: run it as one process, without torchrun")
+        die("this script runs as one process: start it without torchrun")
     device, frozen_dtype = process.device, process.dtype
     process = process._replace(dtype=torch.float32)  # no autocast: each layer knows its own dtype
 
     # ---- only a table of all methods
-    is_demo = compare and data == DEMO["data"] and paligemma == DEMO["paligemma"]
-    if is_demo and init_from == "scratch":
-        prepare_demo(seed, max_steps)
     if compare:
+        is_demo = data == DEMO["data"] and paligemma == DEMO["paligemma"]
+        if is_demo and init_from == "scratch":
+            prepare_demo(seed, max_steps)
         folder = out_dir or default_out_dir(config, "all")
         table = results_table(compare_methods(config, folder))
         print(f"\n{table}\n\nlook at {folder}/comparison.png, curves.png and each run's "
@@ -1319,8 +1247,7 @@ if __name__ == "__main__":
     checkpoint_path = os.path.join(out_dir, "ckpt.pt")
     if not image:
         if os.path.exists(checkpoint_path) and init_from != "resume":
-            die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
-                "or name another out_dir=")
+            die(f"{out_dir} holds a run: go on with init_from=resume, or name another out_dir=")
         print_settings(config)
         lock_folder(out_dir)
 
@@ -1328,15 +1255,13 @@ if __name__ == "__main__":
     torch.manual_seed(seed)
     method = dict(prompt=prompt, n_soft=n_soft, soft_position=soft_position, trainable=trainable,
                   prefix_order=prefix_order, lora_rank=lora_rank, stack=stack)
-    model, tokenizer_file = load_paligemma(config, device, frozen_dtype)
-    c, encoding = model.config, Tokenizer(tokenizer_file)
+    model, encoding = load_paligemma(config, device, frozen_dtype)
+    c = model.config
 
     # ---- the prompts, and what is trained
     # encoded apart: "\n" must not become part of the last word's token
-    texts = prompt_text.split(",")
-    prompts = [encoding.encode(text) + encoding.encode("\n") for text in texts]
-    if len(prompts) > 1:
-        print(f"{len(prompts)} prompts, one a step, in turn: {texts}")
+    newline = encoding.encode("\n")
+    prompts = [encoding.encode(text) + newline for text in prompt_text.split(",")]
     prompted = PromptedPaliGemma(model, encoding.bos, prompts[0], **method)
     trained = prompted.trained()
     n_trained = sum(p.numel() for p in trained.values())
@@ -1395,7 +1320,7 @@ if __name__ == "__main__":
             print(f"step {step:5d}/{n_steps} | perplexity of {len(subset)} held-out captions "
                   f"{row['perplexity']:.3f}", flush=True)
         if step > first_step and ("perplexity" in row or asked_to_stop):
-            save(config, method, trained, optimizers, step, tokenizer_file, c)
+            save(config, trained, optimizers, step, encoding, c)
         if step >= n_steps or asked_to_stop:
             break
 
@@ -1430,10 +1355,10 @@ if __name__ == "__main__":
     results = dict(way=kind, trained=n_trained, peak_GB=peak_memory(device) / 1e9,
                    seconds_per_step=float(np.median(ms or 0)) / 1000, **scores, step=step,
                    split=split, settings=config)
-    for name, which_image in (("", "right"), ("_wrong_picture", "wrong")):
-        results["perplexity" + name] = perplexity(prompted, pictures, captions, process,
-                                                  which_image, batch_size)
+    for which, key in (("right", "perplexity"), ("wrong", "perplexity_wrong_picture")):
+        results[key] = perplexity(prompted, pictures, captions, process, which, batch_size)
     save_json(os.path.join(out_dir, "results.json"), results, indent=1)
     save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, candidates)
-    draw_results(out_dir, pictures.files, candidates, references, log.rows)
-    print_results(out_dir, results, candidates, references, scores, time.time() - t_start)
+    show_results(out_dir, results, candidates, references, pictures.files, log.rows)
+    print(", ".join(f"{metric} {100 * value:.1f}" for metric, value in scores.items()))
+    print(f"look at {out_dir}/captions.png, curves.png; {time.time() - t_start:.0f} s")

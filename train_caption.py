@@ -21,15 +21,14 @@ Three fusion modules:
            (BLIP-2, Li et al. 2023).
 
 A caption is BOS, its tokens, EOS; both ends are <|endoftext|>, with which every document began in
-pretraining. GPT-2 predicts the token after a position, so the first word needs a position before
-it. With xattn, that position is also where the first word is asked from the picture.
+pretraining. The first word is predicted at the position of BOS.
 
 The defaults are the published recipes on COCO 2017 with GPT-2 124M and CLIP ViT-B/32. They report
 CIDEr 57.1 / 55.9 / 47.8 for a gated block before every layer, every 2nd, every 4th; about 12 for
 linear; 35.0 for qformer (by their protocol, which `single_reference=True` adds to ours).
 Writes out_dir/{ckpt.pt, best.pt, log.csv, results.json, captions_val2017.json, curves.png,
-captions.png, best_worst.png, attention.png}. best.pt is the checkpoint with the highest CIDEr (of
-drawn scenes: with the most captions that are right in every word).
+captions.png, best_worst.png, attention.png}. best.pt has the highest CIDEr (of drawn scenes: the
+most captions that are right in every word).
 """
 import functools
 import glob
@@ -109,15 +108,14 @@ dtype: str = None           # one of bfloat16 | float32: of the matmuls; None = 
 compile = False             # torch.compile the model: minutes, for a step that is quick anyway
 wandb_log = False           # mirror the log to Weights & Biases
 
-# The published prefix runs have a recipe of their own, one epoch long. fusion=linear and
-# fusion=qformer take it for what is not typed. In the demo, DEMO goes before it.
+# What fusion=linear and fusion=qformer take for what is not typed: the published recipe, one epoch.
 PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_decay=0.05,
                      beta2=0.98, max_steps=463, eval_interval=463)
-# The demo on drawn scenes: what is trained where there is no COCO and data= is not typed.
+# The demo on drawn scenes, where there is no COCO and data= is not typed.
 DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64,
             optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
             beta2=0.95, dropout=0.0, max_steps=330, eval_interval=110, log_interval=20)
-# What a run takes over from the run that it starts from, and what a resumed run takes over.
+# What a run takes over from the one that it starts from, and what a resumed run takes over.
 INHERITED = ("data gpt encoder fusion every n_query dropout token_dropout shuffle batch_size "
              "max_length optimizer weight_decay beta2 ema").split()
 RESUMED = INHERITED + ("learning_rate min_lr warmup_steps max_steps grad_clip scst samples "
@@ -159,7 +157,7 @@ class GatedCrossAttention(nn.Module):
         """image (B, S, C) -> keys and values (2, B, H, S, D), the same for every token of text."""
         B, S, C = image.shape
         kv = self.c_kv(image).view(B, S, 2, self.n_head, C // self.n_head)
-        # contiguous: otherwise every generated token would copy them into this order
+        # contiguous: otherwise every generated token would copy them
         return kv.permute(2, 0, 3, 1, 4).contiguous()
 
     def forward(self, x, kv, attention_maps=None):
@@ -167,8 +165,8 @@ class GatedCrossAttention(nn.Module):
         R, T, C = x.shape
         k, v = kv
         q = self.c_q(self.ln_1(x)).view(R, T, self.n_head, C // self.n_head).transpose(1, 2)
-        # Every token attends to the whole picture: no mask. This is written out because there are
-        # few keys: F.scaled_dot_product_attention is slower here on a CPU in bfloat16.
+        # Every token attends to the whole picture: no mask. With so few keys,
+        # F.scaled_dot_product_attention is slower on a CPU in bfloat16.
         attention = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)  # (R, H, T, S)
         if attention_maps is not None:
             attention_maps.append(attention.mean(1))
@@ -179,8 +177,8 @@ class GatedCrossAttention(nn.Module):
 
 class QFormer(nn.Module):
     """
-    Learned queries attend to each other and to the image features through two layers (Li et al.
-    2023, https://arxiv.org/abs/2301.12597). Features (B, S, W) -> prefix (B, n_query, C).
+    Learned queries attend to each other and to the image features (Li et al. 2023,
+    https://arxiv.org/abs/2301.12597). Features (B, S, W) -> prefix (B, n_query, C).
     """
 
     def __init__(self, width, n_embd, n_query, dropout, n_layer=2, n_head=8):
@@ -222,14 +220,11 @@ class Captioner(nn.Module):
             self.project = nn.Linear(width, C)
         elif fusion == "qformer":
             self.project = QFormer(width, C, n_query, dropout)
-        else:
-            raise ValueError(f"no fusion module is called {fusion}")
 
     def to_process(self, process):
         """
         Moves the model to the device. If matmuls run in bfloat16, the frozen matrices are stored in
-        it: autocast caches its copies of trained weights only, and would convert the frozen ones
-        again for every batch and every generated token.
+        it: autocast would convert them again for every batch and every generated token.
         """
         if process.dtype == torch.bfloat16:
             for name, p in self.gpt.named_parameters():
@@ -237,22 +232,15 @@ class Captioner(nn.Module):
                     p.data = p.data.bfloat16()
         return self.to(process.device)
 
-    def count_parameters(self):
-        """-> how many are trained, and how many there are."""
-        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return trained, sum(p.numel() for p in self.parameters())
-
     def encode_image(self, features, image_idx=None):
         """
-        Features (B, S, W) -> what the GPT needs of each row's picture: for xattn {layer: keys and
-        values (2, R, H, S, D)}, otherwise a prefix (R, P, C). image_idx (R,): the picture of each
-        row; None = row i is about picture i.
+        Features (B, S, W) -> for xattn {layer: keys and values (2, R, H, S, D)}, otherwise a prefix
+        (R, P, C). image_idx (R,): the picture of each row; None = row i is about picture i.
         """
         image = self.project(features)
         rows = slice(None) if image_idx is None else image_idx
         if self.fusion == "xattn":
-            return {layer: block.image_kv(image)[:, rows]
-                    for layer, block in self.gated.items()}
+            return {layer: block.image_kv(image)[:, rows] for layer, block in self.gated.items()}
         return image[rows]
 
     def hidden(self, idx, image=None, kv_cache=None, attention_maps=None):
@@ -260,17 +248,15 @@ class Captioner(nn.Module):
         Tokens idx (R, T), which follow those in the cache, and encode_image's result -> hidden
         states (R, T, C), from which gpt.head makes logits.
         """
-        # a tensor is a prefix of the text, a dict is for the gated blocks
-        prefix = image if torch.is_tensor(image) else None
         image_kv = image if isinstance(image, dict) else {}
-        n_prefix = 0 if prefix is None else prefix.shape[1]
+        n_prefix = image.shape[1] if torch.is_tensor(image) else 0
         n_cached = kv_cache.pos if kv_cache else 0
-        # The prefix has no position embeddings: text starts at position 0, as in pretraining. The
-        # cache holds the prefix too: the text in it is n_cached - n_prefix tokens long.
+        # Text starts at position 0, as in pretraining: the prefix has no position embeddings. It is
+        # in the cache too, so n_cached - n_prefix tokens of text came before idx.
         x = self.gpt.embed(idx, max(0, n_cached - n_prefix))
         if n_prefix and not n_cached:
             # The GPT's causal mask holds in the prefix too. PaliGemma's prefix has no such mask.
-            x = torch.cat([prefix.to(x.dtype), x], 1)  # (R, P + T, C)
+            x = torch.cat([image.to(x.dtype), x], 1)  # (R, P + T, C)
         for layer, block in enumerate(self.gpt.transformer.h):
             if str(layer) in image_kv:
                 x = self.gated[str(layer)](x, image_kv[str(layer)], attention_maps)
@@ -280,13 +266,12 @@ class Captioner(nn.Module):
         return x[:, -idx.shape[1]:]  # nothing is predicted at positions of the prefix
 
     def logits(self, idx, image=None, kv_cache=None):
-        """The logits (R, T, V) of `hidden`."""
-        return self.gpt.head(self.hidden(idx, image, kv_cache))
+        return self.gpt.head(self.hidden(idx, image, kv_cache))  # (R, T, V)
 
     def forward(self, idx, features, targets, image_idx=None, loss_weight=None):
         """
-        The summed cross-entropy of targets (R, T) in nats; targets of -100 are padding. features
-        (B, S, W), or None for the GPT without a picture. loss_weight (R,): the weight of each row.
+        The summed cross-entropy of targets (R, T) in nats; -100 is padding. features (B, S, W);
+        None = no picture. loss_weight (R,): the weight of each row.
         """
         image = None if features is None else self.encode_image(features, image_idx)
         return self.loss(self.hidden(idx, image), targets, loss_weight)
@@ -296,15 +281,14 @@ class Captioner(nn.Module):
         is_token = targets >= 0
         weights = torch.ones_like(targets, dtype=torch.float32)
         if loss_weight is not None:
-            weights = loss_weight[:, None].expand_as(targets)
+            weights *= loss_weight[:, None]
         return self.gpt.cross_entropy(x[is_token], targets[is_token], weights[is_token])[0]
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
         """
-        num captions for each of B pictures (B, S, W): tokens (B * num, up to max_new_tokens), ended
-        by `bos`, which is also EOS. beam=1: the likeliest token each time (temperature 0), or
-        sampled, see `decode`. beam>1: the num best captions of `beam_search`.
+        num captions of each picture (B, S, W): tokens (B * num, up to max_new_tokens). `bos` is
+        also EOS. beam=1: greedy (temperature 0) or sampled; beam>1: the num best of a beam search.
         """
         B, copies = len(features), max(num, beam)
         image_idx = torch.arange(B, device=features.device).repeat_interleave(copies)
@@ -328,7 +312,7 @@ class TokenizedCaptions:
     """
     All captions of a split in one flat array, each as BOS, tokens, EOS. Caption c is
     flat[start[c]:start[c + 1]]; image i has the captions of_image[i] to of_image[i + 1] - 1. `cut`
-    counts those that were longer than max_length tokens.
+    is the number of captions that were too long.
     """
 
     def __init__(self, captions, tokenizer, max_length):
@@ -347,7 +331,7 @@ class TokenizedCaptions:
         return int((self.start[numbers + 1] - self.start[numbers] - 1).sum())
 
     def batch(self, numbers, device):
-        """Captions by number -> idx, targets (R, T), padded to the longest; padding is -100."""
+        """Captions by number -> idx, targets (R, T); -100 is padding."""
         rows = [self.flat[self.start[c]:self.start[c + 1]] for c in numbers]
         idx = nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
         targets = nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True,
@@ -357,15 +341,15 @@ class TokenizedCaptions:
 
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
-    """The order of n images in an epoch, and for each a number in [0, 1) that picks its caption."""
+    """The order of n images, and for each a number in [0, 1) that picks its caption."""
     rng = np.random.default_rng((seed, epoch))
     return rng.permutation(n), rng.random(n)
 
 
 def training_batch(step, batch_size, captions, seed):
     """
-    The global batch of a step: image numbers and caption numbers. It is a pure function of (seed,
-    step). Every epoch has each image once, with a caption that is drawn anew.
+    The global batch of a step, image numbers and caption numbers: a pure function of (seed, step).
+    Every epoch has each image once, with a caption that is drawn anew.
     """
     n = len(captions.of_image) - 1
     images, chosen = [], []
@@ -379,20 +363,14 @@ def training_batch(step, batch_size, captions, seed):
 
 
 def reseed(seed, step, rank=0):
-    """
-    Makes dropout, and all else that is drawn in a step, a pure function of (seed, step): a resumed
-    run needs no saved generator.
-    """
+    """What is drawn in a step depends on (seed, step): a resumed run needs no saved generator."""
     state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
 
 
 def read_features(features, numbers, device):
-    """The features of some images, by number: (B, S, W) in float32, on the device."""
-    rows = features[numbers]
-    if not torch.is_tensor(rows):
-        rows = torch.from_numpy(rows)
-    return rows.to(device, torch.float32)
+    """Features by number: (B, S, W) in float32, on the device."""
+    return torch.as_tensor(features[numbers]).to(device, torch.float32)
 
 
 def truncate_at_eos(tokens, tokenizer):
@@ -405,8 +383,8 @@ def to_text(tokens, tokenizer):
     return [tokenizer.decode(row).strip() for row in truncate_at_eos(tokens, tokenizer)]
 
 
-# CIDEr ignores full stops. Without a word for the end, a caption that breaks off ("a man with a")
-# would score like one that ends, and training on CIDEr soon finds that out (Hu et al. 2023,
+# CIDEr ignores full stops. Without a word for the end, training on CIDEr soon learns captions that
+# break off ("a man with a"): they score like whole ones (Hu et al. 2023,
 # https://arxiv.org/abs/2305.12254).
 END = "<end>"
 
@@ -418,9 +396,8 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
     https://arxiv.org/abs/1612.00563). The gradient of the expected CIDEr of sampled captions is
         E[(reward - baseline) * grad log p(caption)],
     for any baseline that does not depend on that caption. So the model trains on captions that it
-    sampled itself, their cross-entropy weighted by reward - baseline. Rennie's baseline is the
-    reward of the greedy caption. Here it is the mean reward of the picture's other samples (Luo
-    2020, https://arxiv.org/abs/2003.09971): less variance, and no further decoding.
+    sampled itself, their cross-entropy weighted by reward - baseline. The baseline is the mean
+    reward of the picture's other samples (Luo 2020, https://arxiv.org/abs/2003.09971).
     features (B, S, W), references: the token lists of each picture
     -> idx, targets (R, T), image_idx, loss_weight (R,), mean reward; R = B * samples.
     """
@@ -446,9 +423,8 @@ def self_critical(model, features, references, df, tokenizer, max_length, sample
 def consensus_captions(model, features, tokenizer, max_length, n):
     """
     Of n sampled captions of each picture (B, S, W), the one that is most like the others: it has
-    the highest CIDEr if the n samples are its references. So it is the caption that the model
-    itself expects to score best (minimum Bayes risk, Kumar and Byrne 2004,
-    https://aclanthology.org/N04-1022). The likeliest caption is often one that says little.
+    the highest CIDEr if the n samples are its references (minimum Bayes risk, Kumar and Byrne
+    2004, https://aclanthology.org/N04-1022). The likeliest caption often says little.
     """
     tokens = model.generate(features, tokenizer.eot_token, max_length, temperature=1.0, num=n)
     captions = to_text(tokens, tokenizer)
@@ -459,6 +435,15 @@ def consensus_captions(model, features, tokenizer, max_length, n):
     return [captions[i * n + best] for i, best in enumerate(agreement.argmax(1))]
 
 
+def make_captions(model, features, tokenizer, max_length, process, consensus=0, **decoding):
+    """Captions of the pictures (B, S, W): by consensus, or by Captioner.generate(**decoding)."""
+    with process.autocast():
+        if consensus:
+            return consensus_captions(model, features, tokenizer, max_length, consensus)
+        tokens = model.generate(features, tokenizer.eot_token, max_length, **decoding)
+    return to_text(tokens, tokenizer)
+
+
 # --------------------------------------------------------------------------------------------------
 # evaluation of a whole split, divided among the processes
 
@@ -467,25 +452,23 @@ def consensus_captions(model, features, tokenizer, max_length, n):
 def perplexity(model, features, captions, process, which_image="right", rows_at_once=160):
     """
     exp of the total loss over the total tokens of all captions, given each caption's own picture
-    ("right"), another one ("wrong") or no picture ("none"). A forward pass holds at most
-    rows_at_once captions; a picture is encoded once for all its captions in it.
+    ("right"), another one ("wrong") or no picture ("none").
     """
     total_loss, total_tokens, n_captions = 0.0, 0, len(captions.start) - 1
     stride = process.world_size * rows_at_once
     for first in range(process.rank * rows_at_once, n_captions, stride):
         rows = np.arange(first, min(first + rows_at_once, n_captions))
         idx, targets = captions.batch(rows, process.device)
+        # a picture is encoded once for all its captions in the batch
         image_of_row = np.searchsorted(captions.of_image, rows, side="right") - 1
         images = np.arange(image_of_row[0], image_of_row[-1] + 1)
         image_idx = torch.from_numpy(image_of_row - images[0]).to(process.device)
         if which_image == "wrong":
             images = (images + len(features) // 2) % len(features)
-        batch = None
-        if which_image != "none":
-            batch = read_features(features, images, process.device)
+        batch = None if which_image == "none" else read_features(features, images, process.device)
         with process.autocast():
             total_loss += model(idx, batch, targets, image_idx).item()
-        total_tokens += (targets >= 0).sum().item()
+        total_tokens += captions.count(rows)
     total_loss, total_tokens = all_reduce_sum(process, total_loss, total_tokens)
     mean_loss = total_loss / total_tokens
     return math.exp(mean_loss) if mean_loss < 700 else math.inf
@@ -494,33 +477,26 @@ def perplexity(model, features, captions, process, which_image="right", rows_at_
 def caption_split(model, features, tokenizer, max_length, process, beam=1, batch_size=256,
                   consensus=0):
     """The captions of all pictures of a split, in order: by consensus, beam search, or greedy."""
-    mine, batch_size = {}, max(1, batch_size // max(beam, consensus))
+    mine = {}
+    batch_size = max(1, batch_size // max(beam, consensus))
     stride = process.world_size * batch_size
     for start in range(process.rank * batch_size, len(features), stride):
         numbers = np.arange(start, min(start + batch_size, len(features)))
         batch = read_features(features, numbers, process.device)
-        with process.autocast():
-            if consensus:
-                captions = consensus_captions(model, batch, tokenizer, max_length, consensus)
-            else:
-                tokens = model.generate(batch, tokenizer.eot_token, max_length, beam=beam)
-                captions = to_text(tokens, tokenizer)
+        captions = make_captions(model, batch, tokenizer, max_length, process, consensus, beam=beam)
         mine |= zip(numbers.tolist(), captions)
-    parts = [mine]
     if process.world_size > 1:
         parts = [None] * process.world_size
         dist.all_gather_object(parts, mine)
-    whole = {}
-    for part in parts:
-        whole |= part
-    return [whole[number] for number in range(len(features))]
+        for part in parts:
+            mine |= part
+    return [mine[number] for number in range(len(features))]
 
 
 def published_protocol(candidates, references, seed, n=50 * 128):
     """
     Scores by the protocol of the published table: at most 50 batches of 128 pictures, one reference
-    drawn for each, words split on spaces. They cannot be compared with the literature's scores,
-    which use all five references.
+    drawn for each, words split on spaces. Other papers use all five references.
     """
     rng = np.random.default_rng(seed)
     drawn = [[refs[rng.integers(len(refs))].split()] for refs in references[:n]]
@@ -531,23 +507,17 @@ def variant_name(run):
     return f"xattn, every {run['every']}" if run["fusion"] == "xattn" else run["fusion"]
 
 
-def scores_table(rows):
-    """{name: scores} -> one line for each, times 100 as in papers."""
-    metrics = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
-    lines = [f"{'scores x 100':<24}" + "".join(f"{metric:>9}" for metric in metrics)]
-    for name, scores in rows.items():
-        values = "".join(f"{100 * scores[metric]:>9.1f}" for metric in metrics)
-        lines.append(f"{name:<24}{values}")
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------------------------
-# figures
+# figures. From here on, functions read the settings, as the main part does
 
 
-def draw_curves(path, rows, batch_size, split, scst, layers):
-    """The log as curves over captions, not steps: runs of different batch sizes compare."""
-    rows = [row | dict(step=row["step"] * batch_size) for row in rows]
+def count_captions(rows, batch_size):
+    """The log over captions, not steps: runs of different batch sizes compare."""
+    return [row | dict(step=row["step"] * batch_size) for row in rows]
+
+
+def draw_curves(rows, layers):
+    rows = count_captions(rows, batch_size)
     panels = {"loss (nats a token)": {"": curve(rows, "loss")}}
     if scst:
         panels = {"CIDEr x 100 of samples": {"": curve(rows, "reward", 100)}}
@@ -557,7 +527,7 @@ def draw_curves(path, rows, batch_size, split, scst, layers):
         for kind, half in (("attn_gate", "attention"), ("mlp_gate", "MLP")):
             curves = {f"layer {layer}": curve(rows, f"{kind}_{layer}") for layer in layers}
             panels[f"tanh(gate) of the {half}, by layer"] = curves
-    plot(path, panels, xlabel="training captions")
+    plot(os.path.join(out_dir, "curves.png"), panels, xlabel="training captions")
 
 
 def draw_captions(path, pictures, titles, columns=4):
@@ -580,9 +550,8 @@ def draw_captions(path, pictures, titles, columns=4):
 def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=None):
     """
     Where each token of a caption attends, in the gated block whose attention differs most from
-    token to token; one row a picture. grid: (rows, columns) of the image tokens; None = a square.
+    token to token. grid: (rows, columns) of the image tokens; None = a square.
     """
-    plt = pyplot()
     tokens = model.generate(features, tokenizer.eot_token, max_length)
     idx = F.pad(tokens, (1, 0), value=tokenizer.eot_token)[:, :-1]
     maps = []
@@ -593,6 +562,7 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=
     height, width = grid or (side, side)
     captions = truncate_at_eos(tokens, tokenizer)
     longest = max(1, *map(len, captions))
+    plt = pyplot()
     fig, axes = plt.subplots(len(captions), longest, squeeze=False,
                              figsize=(1.15 * longest, 1.45 * len(captions)))
     for ax in axes.flat:
@@ -612,29 +582,23 @@ def draw_attention(path, model, features, pictures, tokenizer, max_length, grid=
     plt.close(fig)
 
 
-def draw_results(folder, model, metadata, pictures, evaluation, images, references, features,
-                 tokenizer, max_length, process):
+def draw_results(model, metadata, evaluation, images, references, features, tokenizer, max_length,
+                 process):
     """
-    captions.png: pictures spread over the split; best_worst.png: those with the highest and the
-    lowest CIDEr; for xattn attention.png, of three long captions of the better half. In the last
-    two, all captions differ. pictures: the folder of the split.
+    captions.png: pictures spread over the split; best_worst.png: the highest and lowest CIDEr;
+    attention.png, for xattn: three long captions of the better half.
     """
     candidates, cider = evaluation.captions, evaluation.cider
-    files = [os.path.join(pictures, entry["file_name"]) for entry in images]
+    files = [os.path.join(data, split, entry["file_name"]) for entry in images]
     if not all(map(os.path.exists, files)):
         return  # there may be features without pictures
 
-    def titles(numbers, with_score):
-        lines = []
+    def draw(name, numbers, with_score):
+        titles = []
         for i in numbers:
             start = f"CIDEr {100 * cider[i]:.0f}: " if with_score else ""
-            lines.append(f"{start}{candidates[i]}\n({references[i][0].strip()})")
-        return lines
-
-    def draw(name, numbers, with_score):
-        pictures = [open_image(files[i]) for i in numbers]
-        path = os.path.join(folder, name)
-        draw_captions(path, pictures, titles(numbers, with_score))
+            titles.append(f"{start}{candidates[i]}\n({references[i][0].strip()})")
+        draw_captions(os.path.join(out_dir, name), [open_image(files[i]) for i in numbers], titles)
 
     def different(numbers, n):
         """The first n of these pictures whose captions differ."""
@@ -643,24 +607,22 @@ def draw_results(folder, model, metadata, pictures, evaluation, images, referenc
             first_with.setdefault(candidates[i], i)
         return np.array(list(first_with.values())[:n])
 
-    spread = np.unique(np.linspace(0, len(files) - 1, 12).astype(int))
+    draw("captions.png", np.unique(np.linspace(0, len(files) - 1, 12).astype(int)), False)
     ranking = np.argsort(-cider, kind="stable")
     half = max(1, len(ranking) // 2)
     best, worst = different(ranking[:half], 6), different(ranking[half:][::-1], 6)[::-1]
-    draw("captions.png", spread, False)
     draw("best_worst.png", [*best, *worst], True)
     if model.fusion == "xattn":
         better = sorted(ranking[:half], key=lambda i: -len(candidates[i].split()))
         numbers = different(better, 3)
         pictures = [open_image(files[i]) for i in numbers]
-        pretrained = metadata.get("pretrained")
-        if pretrained and not metadata["encoder"].startswith("timm/"):
+        if metadata.get("pretrained") and not metadata["encoder"].startswith("timm/"):
             # open_clip's towers see the middle of a picture, the other encoders all of it
             pictures = [ImageOps.fit(picture, (224, 224)) for picture in pictures]
+        features = read_features(features, numbers, process.device)
         with process.autocast():
-            draw_attention(os.path.join(folder, "attention.png"), model,
-                           read_features(features, numbers, process.device), pictures, tokenizer,
-                           max_length, metadata.get("grid"))
+            draw_attention(os.path.join(out_dir, "attention.png"), model, features, pictures,
+                           tokenizer, max_length, metadata.get("grid"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -668,7 +630,7 @@ def draw_results(folder, model, metadata, pictures, evaluation, images, referenc
 
 
 def run_file(path, prefer="ckpt.pt"):
-    """The checkpoint that `path` names: a file, or the one in a run's folder (best.pt if asked)."""
+    """The checkpoint that `path` names: a file, or the one in a run's folder."""
     if not os.path.isdir(path):
         return path
     preferred = os.path.join(path, prefer)
@@ -688,83 +650,76 @@ def load_run(path):
     return checkpoint, model
 
 
+ADDRESS = ("http://", "https://")
+
+
 def split_names(names):
     """The names in "a,b,c". A comma can also be part of a file's name or of an address."""
-    parts, found = names.split(","), []
-    while parts:
-        # the longest beginning that is the name of a file
-        n = next((n for n in range(len(parts), 0, -1) if os.path.exists(",".join(parts[:n]))), 1)
-        if parts[0].startswith(("http://", "https://")):
-            # an address goes on until something that is a name by itself
-            n = 1
-            while n < len(parts) and not (parts[n].startswith("http") or glob.glob(parts[n])):
-                n += 1
-        found.append(",".join(parts[:n]))
-        parts = parts[n:]
+    found = []
+    for part in names.split(","):
+        is_name = part.startswith(ADDRESS) or glob.glob(part)
+        if found and not is_name and not glob.glob(found[-1]):
+            found[-1] += "," + part
+        else:
+            found.append(part)
     return found
 
 
-def read_pictures(names):
+def read_pictures(names, problems):
     """
-    Yields (name, picture) for what image= names: files, folders, globs, URLs. For a picture that
-    cannot be read, (None, one line that says why).
+    Yields (name, picture) of files, folders, globs and URLs. If a picture cannot be read, a line
+    that says why goes to the list `problems`.
     """
-    readable = [end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN]
-    still = tuple(end for end in readable if end not in (".mpg", ".mpeg", ".pdf", ".eps", ".ps"))
+    films_and_pages = (".mpg", ".mpeg", ".pdf", ".eps", ".ps")  # Pillow lists them as pictures
+    endings = tuple(end for end, kind in Image.registered_extensions().items()
+                    if kind in Image.OPEN and end not in films_and_pages)
     for name in split_names(names):
-        if name.startswith(("http://", "https://")):
-            with tempfile.TemporaryDirectory() as folder:
-                file = os.path.join(folder, re.sub(r"[^\w.]+", "_", name)[-100:])
-                picture = open_image(download(name, file, tries=3), otherwise=str)
-            yield (None, picture) if isinstance(picture, str) else (name, picture)
-            continue
+        files = sorted(glob.glob(name)) or [name]
         if os.path.isdir(name):
-            inside = sorted(os.path.join(name, file) for file in os.listdir(name)
-                            if file.lower().endswith(still) and not file.startswith("."))
-            files = [file for file in inside if os.path.isfile(file)]
-        else:
-            files = sorted(glob.glob(name)) or [name]
+            inside = sorted(glob.glob(os.path.join(glob.escape(name), "*")))  # no hidden files
+            files = [file for file in inside
+                     if file.lower().endswith(endings) and os.path.isfile(file)]
         for file in files:
-            picture = open_image(file, otherwise=str)  # or one line that says why not
-            yield (None, picture) if isinstance(picture, str) else (file, picture)
+            with tempfile.TemporaryDirectory() as folder:
+                path = file
+                if file.startswith(ADDRESS):
+                    path = os.path.join(folder, re.sub(r"[^\w.]+", "_", file)[-100:])
+                    download(file, path, tries=3)
+                picture = open_image(path, otherwise=str)
+            if isinstance(picture, str):
+                problems.append(picture)
+            else:
+                yield file, picture
 
 
-def caption_pictures(names, path, process, temperature, top_k, num, beam, consensus):
+def caption_pictures(path, process):
     """
-    Prints num captions of each picture that `names` names, and draws the first 40 pictures beside
-    the checkpoint `path`. Pictures that cannot be read are listed at the end; exit code 2.
+    Prints captions of the pictures that image= names, and draws the first 40 beside the checkpoint
+    `path`. Pictures that cannot be read are listed at the end; exit code 2.
     """
     checkpoint, model = load_run(path)
-    saved, tokenizer = checkpoint["settings"], get_tokenizer(checkpoint["tokenizer"])
+    saved, pretrained = checkpoint["settings"], checkpoint["pretrained"]
     name = saved["encoder"]
-    if name not in ("tagger", "patches") and not checkpoint["pretrained"]:
+    if name not in ("tagger", "patches") and not pretrained:
         die(f"{path} was trained on features of another program: it has no encoder for pictures")
-    image_encoder = load_encoder(name, checkpoint["pretrained"], checkpoint["tagger"],
+    image_encoder = load_encoder(name, pretrained, checkpoint["tagger"],
                                  checkpoint.get("turned", False))
     if fingerprint(image_encoder) != checkpoint["weights"]:
-        die(f"the weights of {name} ({checkpoint['pretrained']}) are not those that {path} was "
-            "trained with")
+        die(f"the weights of {name} ({pretrained}) are not those that {path} was trained with")
     image_encoder.to(process.device)
     model.to_process(process).eval()
+    tokenizer = get_tokenizer(checkpoint["tokenizer"])
     drawn, titles, problems = [], [], []
-    pictures = read_pictures(names)
-    # of 32 pictures or fewer: at most 256 captions are written at once
+    pictures = read_pictures(image, problems)
+    # at most 32 pictures and 256 captions at once
     at_once = max(1, 256 // max(8, num, beam, consensus))
     while batch := list(itertools.islice(pictures, at_once)):
-        problems += [problem for file, problem in batch if file is None]
-        batch = [(file, picture) for file, picture in batch if file is not None]
-        if not batch:
-            continue
         pixels = [image_encoder.preprocess(picture) for _, picture in batch]
         features = torch.from_numpy(encode(image_encoder, pixels, process))
-        features, max_length = features.to(process.device, torch.float32), saved["max_length"]
-        with process.autocast():
-            if consensus:
-                captions = consensus_captions(model, features, tokenizer, max_length, consensus)
-            else:
-                tokens = model.generate(features, tokenizer.eot_token, max_length, temperature,
-                                        top_k, num, beam)
-                captions = to_text(tokens, tokenizer)
+        features = features.to(process.device, torch.float32)
+        captions = make_captions(model, features, tokenizer, saved["max_length"], process,
+                                 consensus, temperature=temperature, top_k=top_k, num=num,
+                                 beam=beam)
         for i, (file, picture) in enumerate(batch):
             of_picture = captions[i * num:(i + 1) * num]
             for caption in of_picture:
@@ -779,7 +734,7 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam, consen
     if problems:
         die(f"{len(problems)} could not be captioned: " + "; ".join(problems[:5]))
     if not drawn:
-        die(f"image={names}: no picture there")
+        die(f"image={image}: no picture there")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -787,12 +742,9 @@ def caption_pictures(names, path, process, temperature, top_k, num, beam, consen
 
 
 def run_script(script, *words):
-    """
-    Runs one of our own scripts as a user would, and prints the command. A script that fails ends
-    this one too. Ctrl-C and SIGTERM end both: the script saves and leaves first.
-    """
+    """Prints and runs a command. If it fails or is stopped (Ctrl-C, SIGTERM), this one ends too."""
     print(f"\n$ python {script} {shlex.join(words)}", flush=True)
-    # also where torchrun started this process, the script runs alone
+    # without torchrun's variables, the script runs alone
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     here = os.path.dirname(os.path.abspath(__file__))
     child = subprocess.Popen([sys.executable, os.path.join(here, script), *words], env=env)
@@ -812,8 +764,7 @@ def run_script(script, *words):
 
 
 def prepare_demo(config):
-    """Runs the four stages that make what DEMO names. What exists already is not made again."""
-    encoder = config["encoder"]
+    """Runs the four stages that make what DEMO names, but for those that are done."""
     stages = [  # what it does, the last file that it writes, its command
         ("draw scenes, with five captions each", "data/shapes/annotations/captions_val2017.json",
          "coco.py data=data/shapes shapes=8000 encoder=none"),
@@ -836,10 +787,9 @@ def prepare_demo(config):
           "on drawn scenes.\nEach stage is a command that you could type yourself; what exists "
           "already is not made again.", flush=True)
     for number, (what, result, command) in enumerate(stages, 1):
-        print(f"\n[{number}/5] {what}", flush=True)
         if os.path.exists(result):
-            print(f"{result} exists already", flush=True)
             continue
+        print(f"\n[{number}/5] {what}", flush=True)
         words = command.split()
         if words[0] == "train_gpt2.py" and os.path.exists("out/gpt2_shapes/ckpt.pt"):
             words.append("init_from=resume")  # it was interrupted
@@ -850,9 +800,8 @@ def prepare_demo(config):
 
 def compare_variants(folder, chosen, split):
     """
-    Trains every variant by a command of its own, in folders inside `folder`, and compares their
-    scores and curves. Finished variants are kept, interrupted ones resumed. chosen: settings that
-    stand before what was typed.
+    Trains each variant by a command, and compares scores and curves. Finished variants are kept,
+    interrupted ones resumed. chosen: settings that stand before what was typed.
     """
     words = [f"{k}={v}" for k, v in chosen.items()]
     words += [word for word in sys.argv[1:] if not word.startswith(("fusion=", "out_dir="))]
@@ -862,19 +811,18 @@ def compare_variants(folder, chosen, split):
         if os.path.exists(f"{run_dir}/results.json"):
             print(f"{run_dir} is finished already", flush=True)
         else:
-            begun = os.path.exists(f"{run_dir}/ckpt.pt")
-            resume = ["init_from=resume"] if begun else []
+            resume = ["init_from=resume"] if os.path.exists(f"{run_dir}/ckpt.pt") else []
             run_script("train_caption.py", *words, f"fusion={fusion}", f"every={every}",
                        f"out_dir={run_dir}", *resume)
-        rows.append(read_json(f"{run_dir}/results.json"))
+        result = read_json(f"{run_dir}/results.json")
+        rows.append(result)
+        log = count_captions(read_log(f"{run_dir}/log.csv"), result["settings"]["batch_size"])
         for column in curves:
-            steps, values = curve(read_log(f"{run_dir}/log.csv"), column)
-            captions = [step * rows[-1]["settings"]["batch_size"] for step in steps]
-            curves[column][variant_name(rows[-1])] = captions, values
+            curves[column][variant_name(result)] = curve(log, column)
     save_json(f"{folder}/results.json", rows, indent=1)
     panels = {f"{column}, {split}": lines for column, lines in curves.items()}
     plot(f"{folder}/comparison.png", panels, xlabel="training captions")
-    print(f"\n{'variant':<16}|   trainable |  CIDEr | BLEU-4 | perplexity | wrong picture | "
+    print("\nvariant         |   trainable |  CIDEr | BLEU-4 | perplexity | wrong picture | "
           "captions")
     for r in rows:
         captions = r["step"] * r["settings"]["batch_size"]
@@ -894,18 +842,14 @@ def default_out_dir(settings):
 
 
 def preset(typed):
-    """
-    What stands between the defaults and the command line: the recipe of the fusion or the demo, or
-    the settings of the run that this one starts from or resumes.
-    """
-    init_from, chosen = typed.get("init_from", "scratch"), {}
+    """The settings of a recipe, of the demo, or of the run that this one starts from or resumes."""
     if typed.get("image"):
-        return chosen
-    if typed.get("fusion") in ("linear", "qformer"):
-        chosen |= PREFIX_RECIPE
+        return {}
+    init_from = typed.get("init_from", "scratch")
     if init_from not in ("scratch", "resume"):
         saved = load_checkpoint(run_file(init_from)).get("settings", {})
         return {k: v for k, v in saved.items() if k in INHERITED}
+    chosen = dict(PREFIX_RECIPE) if typed.get("fusion") in ("linear", "qformer") else {}
     if "data" not in typed:
         chosen |= dict(data="data/coco2017") if splits_of("data/coco2017") else DEMO
     if init_from == "resume":
@@ -922,14 +866,13 @@ def preset(typed):
 
 class MovingAverage:
     """
-    Exponential moving average of the trained weights (Polyak and Juditsky 1992). Each step moves
-    the weights to and fro around a better place; the average is nearer to it. With few pictures
-    that is worth a lot.
+    Exponential moving average of the trained weights (Polyak and Juditsky 1992): steps move them to
+    and fro around a better place.
     """
 
     @torch.no_grad()
     def __init__(self, model, decay, last_weights=None):
-        """last_weights: of a run that is resumed. Its checkpoint's model is the average."""
+        """last_weights: of a resumed run. Its model holds the average."""
         self.decay = decay
         self.weights = [p for p in model.parameters() if p.requires_grad]
         # the average; after swap(), the weights of the last step
@@ -950,28 +893,24 @@ class MovingAverage:
             p.data, self.swapped_out[i] = self.swapped_out[i], p.data
 
 
-def check_settings(config, process):
-    """Refuses settings that do not go together."""
-    c = config
-    if c["num"] > 1 and c["consensus"]:
+def check_settings(process):
+    if num > 1 and consensus:
         die("consensus= gives one caption of each picture: leave num= or consensus= out")
-    if c["num"] > c["beam"] and (c["beam"] > 1 or c["temperature"] == 0):
-        die(f"num={c['num']} different captions of a picture need temperature > 0, or "
-            f"beam={c['num']}")
-    if c["eval_only"] and c["init_from"] != "resume":
+    if num > beam and (beam > 1 or temperature == 0):
+        die(f"num={num} different captions need temperature > 0, or beam={num}")
+    if eval_only and init_from != "resume":
         die("eval_only=True evaluates a trained run: add init_from=resume")
-    if c["scst"] and c["init_from"] == "scratch":
+    if scst and init_from == "scratch":
         die("scst=True goes on from a trained run: name it with init_from=out/...")
-    if c["split"] == "train2017":
+    if split == "train2017":
         die("split=train2017 is trained on, not held out: val2017 or test2017")
-    if c["fusion"] == "all" and process.world_size > 1:
+    if fusion == "all" and process.world_size > 1:
         die("fusion=all trains the variants one after the other: start it without torchrun")
-    if c["batch_size"] % process.world_size:
-        die(f"batch_size={c['batch_size']} pictures cannot be divided among {process.world_size} "
-            "processes")
+    if batch_size % process.world_size:
+        die(f"batch_size={batch_size} must be a multiple of {process.world_size} processes")
 
 
-def find_run(out_dir, init_from):
+def find_run():
     """The run that image= uses: out_dir, else init_from, else the newest one."""
     if out_dir:
         return out_dir
@@ -984,29 +923,23 @@ def find_run(out_dir, init_from):
     return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "ckpt.pt")))
 
 
-def keep_other_runs(out_dir, init_from):
+def keep_other_runs():
     if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and init_from != "resume":
-        die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, "
-            f"caption pictures with image=a.jpg out_dir={out_dir}, or name another out_dir=")
+        die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, or "
+            "name another out_dir=")
 
 
-def load_splits(data, encoder, split, shuffle, seed):
-    """For train2017 and `split`: the images, their captions, features, the features' metadata."""
-    loaded = []
-    for name in ("train2017", split):
-        images, captions = load_captions(data, name)
-        features, metadata = load_features(data, encoder, name, images)
-        if shuffle:
-            features = np.random.default_rng(seed).permutation(features)
-        loaded.append((images, captions, features, metadata))
-    if loaded[0][3].get("weights") != loaded[1][3].get("weights"):
-        die(f"the {encoder} features of train2017 and {split} were made with different weights: "
-            "delete the wrong ones and encode again")
-    return loaded
+def load_split(name):
+    """-> images, captions, features, the features' metadata."""
+    images, captions = load_captions(data, name)
+    features, metadata = load_features(data, encoder, name, images)
+    if shuffle:
+        features = np.random.default_rng(seed).permutation(features)
+    return images, captions, features, metadata
 
 
-def move_if_it_fits(features, device, scst):
-    """All of COCO's features are 9 GB: on a card with room for them, no loader is needed."""
+def move_if_it_fits(features):
+    """COCO's features are 9 GB: on a card with room for them, no loader is needed."""
     if "cuda" not in device:
         return features
     # scst needs memory itself, for its samples
@@ -1014,37 +947,33 @@ def move_if_it_fits(features, device, scst):
     return torch.from_numpy(features[:]).to(device) if features.nbytes < room else features
 
 
-def load_model_to_train(config, width, weights, process):
-    """
-    -> a Captioner, its tokenizer ("gpt2" or the text of a .tiktoken file), and the checkpoint that
-    it comes from, if any. width, weights: of the image features.
-    """
-    init_from, out_dir = config["init_from"], config["out_dir"]
+def load_model_to_train(width, metadata, process):
+    """-> a Captioner for these image features, its tokenizer, and the checkpoint or None."""
     if init_from == "scratch":
         with local_main_process_first(process):
-            gpt_model, tokenizer, _ = load_model(config["gpt"])
+            gpt_model, tokenizer, _ = load_model(gpt)
         n_rows, n_tokens = gpt_model.config.vocab_size, get_tokenizer(tokenizer).n_vocab
         if n_rows != n_tokens:
-            die(f"gpt={config['gpt']} has {n_rows:,} tokens, its tokenizer {n_tokens:,}: take a "
-                "GPT with its own tokenizer")
-        model = Captioner(gpt_model, config["fusion"], config["every"], width, config["n_query"],
-                          config["dropout"])
-        return model, tokenizer, None
+            die(f"gpt={gpt} has {n_rows:,} tokens, its tokenizer {n_tokens:,}: take a GPT with its "
+                "own tokenizer")
+        return Captioner(gpt_model, fusion, every, width, n_query, dropout), tokenizer, None
     # Resuming goes on from the last checkpoint. Evaluation and a new run start from the best one.
-    path = run_file(out_dir if init_from == "resume" else init_from,
-                    "ckpt.pt" if init_from == "resume" and not config["eval_only"] else "best.pt")
+    if init_from == "resume":
+        path = run_file(out_dir, "best.pt" if eval_only else "ckpt.pt")
+    else:
+        path = run_file(init_from, "best.pt")
     checkpoint, model = load_run(path)
+    now = dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=width,
+               weights=metadata.get("weights"))
     saved = checkpoint["settings"] | {k: checkpoint[k] for k in ("width", "weights")}
-    now = config | dict(width=width, weights=weights)
-    fixed = ("fusion", "every", "n_query", "encoder", "width", "weights")
-    other = [f"{k}={saved[k]}" for k in fixed if saved[k] != now[k]]
+    other = [f"{k}={saved[k]}" for k in now if saved[k] != now[k]]
     if other:
         die(f"{path} was trained with {', '.join(other)}: go on with the same")
     return model, checkpoint["tokenizer"], checkpoint
 
 
-def about_encoder(data, metadata):
-    """What a checkpoint says of the image encoder, so that image= can load it again."""
+def about_encoder(metadata):
+    """What image= needs to load the image encoder again."""
     tagger = None
     if metadata.get("encoder") == "tagger":
         tagger = load_checkpoint(os.path.join(data, "features", "tagger.pt"))
@@ -1053,20 +982,18 @@ def about_encoder(data, metadata):
 
 
 class Evaluation(NamedTuple):
-    """What a model makes of the held-out split."""
-    captions: list      # greedy ones, or the best of a beam search
-    scores: dict        # of the metrics
-    cider: np.ndarray   # of each image
-    right: float        # part of the captions without a mistake; None if no scenes were drawn
+    captions: list      # of all held-out pictures
+    scores: dict        # {metric: score}
+    cider: np.ndarray   # of each picture
+    right: float        # share of the captions without a mistake; None if not of drawn scenes
 
     def quality(self):
-        """What chooses best.pt. Where mistakes can be counted, CIDEr's taste in words is noise."""
+        """What chooses best.pt: CIDEr, or the share without a mistake, which is less noisy."""
         return self.scores["CIDEr"] if self.right is None else self.right
 
 
 def evaluate(model, images, references, features, tokenizer, max_length, process, beam=1,
              consensus=0):
-    """Captions all images of a split and scores the captions."""
     model.eval()
     captions = caption_split(model, features, tokenizer, max_length, process, beam,
                              consensus=consensus)
@@ -1076,48 +1003,44 @@ def evaluate(model, images, references, features, tokenizer, max_length, process
 
 def score_best(model, held_out, captions, evaluation, config):
     """
-    The results of the best checkpoint, and the Evaluation that is drawn: greedy, or by beam search
-    or consensus if these are set. held_out: the arguments of `evaluate`. evaluation: the greedy
-    one, if it is known.
+    The results of the best checkpoint, and the Evaluation that is drawn: greedy, or by the search
+    that is set. evaluation: the greedy one, if it is known.
     """
     _, references, features, _, _, process = held_out
     model.eval()
     evaluation = evaluation or evaluate(model, *held_out)
     table = {"greedy": evaluation.scores}
-    if config["single_reference"]:
-        table["greedy, one reference"] = published_protocol(evaluation.captions, references,
-                                                            config["seed"])
-    if config["beam"] > 1:
-        evaluation = evaluate(model, *held_out, config["beam"])
-        table[f"beam={config['beam']}"] = evaluation.scores
-    if config["consensus"]:
-        reseed(config["seed"], 0)
-        evaluation = evaluate(model, *held_out, consensus=config["consensus"])
-        table[f"consensus={config['consensus']}"] = evaluation.scores
-    results = dict(fusion=config["fusion"], every=config["every"], **evaluation.scores,
-                   right=evaluation.right, scores=table, settings=config)
+    if single_reference:
+        table["greedy, one reference"] = published_protocol(evaluation.captions, references, seed)
+    if beam > 1:
+        evaluation = evaluate(model, *held_out, beam)
+        table[f"beam={beam}"] = evaluation.scores
+    if consensus:
+        reseed(seed, 0)
+        evaluation = evaluate(model, *held_out, consensus=consensus)
+        table[f"consensus={consensus}"] = evaluation.scores
+    results = dict(fusion=fusion, every=every, **evaluation.scores, right=evaluation.right,
+                   scores=table, settings=config)
     for name, which_image in (("", "right"), ("_wrong_picture", "wrong"), ("_no_picture", "none")):
         results["perplexity" + name] = perplexity(model, features, captions, process, which_image)
     return results, evaluation
 
 
-def make_sampler(model, references, tokenizer, max_length, samples):
-    """For scst: -> sample(features, image numbers), which returns what self_critical does."""
-    if len(references) < 2:
-        die("scst=True with one picture: CIDEr is 0 where every n-gram is in all pictures")
+def make_sampler(model, references, tokenizer):
+    """-> sample(features, image numbers), which returns what self_critical does."""
     words = tokenize([caption for of_image in references for caption in of_image])
     words = iter([caption + [END] for caption in words])
     of_images = [list(itertools.islice(words, len(of_image))) for of_image in references]
     df = document_frequencies(of_images)
 
     def sample(features, numbers):
-        return self_critical(model, features, [of_images[i] for i in numbers], df, tokenizer,
-                             max_length, samples)
+        references = [of_images[i] for i in numbers]
+        return self_critical(model, features, references, df, tokenizer, max_length, samples)
 
     return sample
 
 
-def next_batch(step, batch_size, features, captions, seed, process, token_dropout=0, sample=None):
+def next_batch(step, features, captions, process, sample):
     """
     This process's part of a step's global batch -> the arguments of Captioner.forward, the number
     of their targets, and for scst the mean reward.
@@ -1133,24 +1056,23 @@ def next_batch(step, batch_size, features, captions, seed, process, token_dropou
     if sample is None:
         idx, targets = captions.batch(chosen, process.device)
         return (idx, x, targets), captions.count(chosen), 0.0
-    # In an autocast of its own: it caches bfloat16 copies of weights, and those that are made here,
-    # without gradients, must not be used by the training step.
+    # An autocast of its own: the copies of weights that it caches here have no gradients, and the
+    # training step must not use them.
     with process.autocast():
         idx, targets, image_idx, loss_weight, reward = sample(x, images)
     return (idx, x, targets, image_idx, loss_weight), (targets >= 0).sum().item(), reward
 
 
 def read_gates(model):
-    """-> {name: tanh(gate)}, in one transfer from the device; {} if the model has no gates."""
+    """-> {name: tanh(gate)}, in one transfer from the device."""
     gates = {f"{half}_gate_{layer}": getattr(block, f"{half}_gate").detach()
              for half in ("attn", "mlp") for layer, block in model.gated.items()}
-    if not gates:
-        return gates
-    return dict(zip(gates, torch.stack(list(gates.values())).tanh().tolist()))
+    values = torch.stack(list(gates.values())).tanh().tolist() if gates else []
+    return dict(zip(gates, values))
 
 
 def save_captions(path, images, captions):
-    """Writes a COCO results file, which cider.py scores."""
+    """As a COCO results file, which cider.py scores."""
     rows = [dict(image_id=entry["id"], caption=caption)
             for entry, caption in zip(images, captions)]
     save_json(path, rows, indent=1)
@@ -1165,19 +1087,22 @@ def print_start(train_features, val_features, trainable, total, process, n_cut):
         print(f"{n_cut:,} captions have more tokens than max_length= and are cut")
 
 
-def print_evaluation(row, max_steps, caption):
+def print_evaluation(row, caption):
     print(f"step {row['step']:5d}/{max_steps} | held out: perplexity {row['perplexity']:.3f} | "
           f"CIDEr {100 * row['CIDEr']:.1f} | \"{caption}\"", flush=True)
 
 
-def print_results(folder, results, candidates, references):
-    """The last lines of a run: some captions, all scores, and what to look at."""
+def print_results(results, candidates, references):
     print("\ncaptions of pictures it was not trained on, and what a person wrote:")
     for candidate, refs in list(zip(candidates, references))[:10]:
         print(f"  {candidate:<62} | {refs[0].strip()}")
-    r, shuffled = results, ", features shuffled between pictures" * results["settings"]["shuffle"]
-    print(f"\n{scores_table(r['scores'])}\n")
-    print(f"fusion                     {variant_name(r)}{shuffled}")
+    metrics = ("CIDEr", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L")
+    print(f"\n{'scores x 100':<24}" + "".join(f"{metric:>9}" for metric in metrics))
+    for name, scores in results["scores"].items():
+        print(f"{name:<24}" + "".join(f"{100 * scores[metric]:>9.1f}" for metric in metrics))
+    r = results
+    shuffled = ", features shuffled between pictures" * shuffle
+    print(f"\nfusion                     {variant_name(r)}{shuffled}")
     print(f"trainable parameters       {r['trainable']:,} ({r['trainable'] / r['total']:.1%} of "
           f"{r['total']:,})")
     print(f"perplexity                 {r['perplexity']:.3f}   (the language model alone "
@@ -1186,24 +1111,19 @@ def print_results(folder, results, candidates, references):
     if r["right"] is not None:
         print(f"captions entirely right    {r['right']:.1%} of {len(candidates)} held-out scenes "
               "(every size, colour, shape and place)")
-    print(f"scored and drawn           {folder}/best.pt, of step {r['step']}")
-    print(f"look at                    {folder}/captions.png, best_worst.png, curves.png"
-          + ", attention.png" * (r["fusion"] == "xattn"))
-    if len(candidates) == 1:
-        print("CIDEr is 0: with one picture, every n-gram is in all pictures and counts 0")
+    print(f"scored and drawn           {out_dir}/best.pt, of step {r['step']}")
+    print(f"look at                    {out_dir}/captions.png, best_worst.png, curves.png"
+          + ", attention.png" * (fusion == "xattn"))
 
 
 def write_results(results, evaluation, model, held_out, metadata, rows):
-    """Saves, draws and prints what came of a run. held_out: the arguments of `evaluate`."""
-    config, (images, references, *_) = results["settings"], held_out
-    folder, split = config["out_dir"], config["split"]
-    save_json(os.path.join(folder, "results.json"), results, indent=1)
-    save_captions(os.path.join(folder, f"captions_{split}.json"), images, evaluation.captions)
-    draw_curves(os.path.join(folder, "curves.png"), rows, config["batch_size"], split,
-                config["scst"], list(model.gated))
-    draw_results(folder, model, metadata, os.path.join(config["data"], split), evaluation,
-                 *held_out)
-    print_results(folder, results, evaluation.captions, references)
+    """Saves, draws and prints what came of a run."""
+    images, references, *_ = held_out
+    save_json(os.path.join(out_dir, "results.json"), results, indent=1)
+    save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, evaluation.captions)
+    draw_curves(rows, list(model.gated))
+    draw_results(model, metadata, evaluation, *held_out)
+    print_results(results, evaluation.captions, references)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1213,13 +1133,13 @@ if __name__ == "__main__":
     config = configure(globals(), preset)
     process = setup(device, dtype)
     rank, world_size, device, _ = process
-    check_settings(config, process)
+    check_settings(process)
     torch.manual_seed(seed)
 
     # ---- only captions of some pictures
     if image:
-        path = run_file(find_run(out_dir, init_from), "best.pt")
-        caption_pictures(image, path, process, temperature, top_k, num, beam, consensus)
+        path = run_file(find_run(), "best.pt")
+        caption_pictures(path, process)
         sys.exit(0)
 
     # ---- where the run goes. A run is never trained over
@@ -1232,25 +1152,26 @@ if __name__ == "__main__":
         compare_variants(out_dir, DEMO if is_demo else {}, split)
         print(f"{time.time() - t_start:.0f} s in all")
         sys.exit(0)
-    keep_other_runs(out_dir, init_from)
+    keep_other_runs()
     if rank == 0:
         print_settings(config)
         lock_folder(out_dir)
         warn_overlap(data, split)
 
     # ---- pictures and captions
-    of_train, of_val = load_splits(data, encoder, split, shuffle, seed)
-    _, train_references, train_features, _ = of_train
-    images, references, val_features, metadata = of_val
-    W = train_features.shape[2]
-    train_features = move_if_it_fits(train_features, device, scst)
+    _, train_references, train_features, of_train = load_split("train2017")
+    images, references, val_features, metadata = load_split(split)
+    if of_train.get("weights") != metadata.get("weights"):
+        die(f"{encoder} had other weights for train2017 than for {split}: encode one of them again")
+    train_features = move_if_it_fits(train_features)
 
     # ---- the frozen GPT and the fusion module
-    raw_model, tokenizer_source, checkpoint = load_model_to_train(
-        config, W, metadata.get("weights"), process)
+    W = val_features.shape[2]
+    raw_model, tokenizer_source, checkpoint = load_model_to_train(W, metadata, process)
     tokenizer = get_tokenizer(tokenizer_source)
     raw_model.to_process(process)
-    trainable, total = raw_model.count_parameters()
+    trainable = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in raw_model.parameters())
     total += metadata.get("parameters", 0)  # the encoder's
     optimizers = make_optimizers(raw_model, optimizer, learning_rate, weight_decay, (0.9, beta2))
     step, best = 0, -1.0
@@ -1264,7 +1185,7 @@ if __name__ == "__main__":
     if ema and not eval_only:
         last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
         average = MovingAverage(raw_model, ema, last_weights)
-    # `model` trains. raw_model has the same weights, and is what evaluates, captions and is saved.
+    # `model` trains; raw_model, with the same weights, evaluates and is saved
     model = distribute(torch.compile(raw_model) if compile else raw_model, process)
 
     # ---- captions as tokens, and for scst as words
@@ -1272,9 +1193,7 @@ if __name__ == "__main__":
     train_captions = TokenizedCaptions(train_references, tokenizer, max_length)
     val_captions = TokenizedCaptions(references, tokenizer, max_length)
     held_out = images, references, val_features, tokenizer, max_length, process
-    sample = None
-    if scst:
-        sample = make_sampler(raw_model, train_references, tokenizer, max_length, samples)
+    sample = make_sampler(raw_model, train_references, tokenizer) if scst else None
 
     # ---- the loop
     if rank == 0:
@@ -1285,21 +1204,22 @@ if __name__ == "__main__":
         log = Log(os.path.join(out_dir, "log.csv"), columns, math.inf if eval_only else step,
                   start_wandb(config) if wandb_log and not eval_only else None)
     asked_to_stop, stop = stop_signals(), 0
-    best_evaluation = None  # of best.pt, if this process evaluated it
     first_step = step
+    best_evaluation = None  # of best.pt, if this process evaluated it
     while not eval_only:
-        # evaluate (also where a resumed run begins), and save; with ema the average of the weights
+        # evaluate, also where a resumed run begins, and save; with ema, the averaged weights
         row, is_best = dict(step=step), False
-        swapped = average and (step % eval_interval == 0 or step >= max_steps or stop)
+        is_due = step % eval_interval == 0 or step >= max_steps
+        swapped = average and (is_due or stop)
         if swapped:
             average.swap()
-        if (step % eval_interval == 0 or step >= max_steps) and not stop:
+        if is_due and not stop:
             evaluation = evaluate(raw_model, *held_out)
             row |= dict(perplexity=perplexity(raw_model, val_features, val_captions, process),
                         CIDEr=evaluation.scores["CIDEr"])
             check_finite(step, row["perplexity"], "the perplexity of held-out captions")
             if rank == 0:
-                print_evaluation(row, max_steps, evaluation.captions[0])
+                print_evaluation(row, evaluation.captions[0])
             if step > 0 and evaluation.quality() > best:
                 is_best, best, best_evaluation = True, evaluation.quality(), evaluation
         if rank == 0 and (is_best or step > first_step and ("CIDEr" in row or stop)):
@@ -1307,7 +1227,7 @@ if __name__ == "__main__":
                 model=raw_model.state_dict(), last_weights=average.swapped_out if swapped else None,
                 step=step, best=best, settings=config, gpt_config=asdict(raw_model.gpt.config),
                 optimizers=[opt.state_dict() for opt in optimizers], width=W,
-                tokenizer=tokenizer_source, **about_encoder(data, metadata)), is_best)
+                tokenizer=tokenizer_source, **about_encoder(metadata)), is_best)
         if swapped:
             average.swap()
         if step >= max_steps or stop:
@@ -1316,10 +1236,9 @@ if __name__ == "__main__":
         # one step
         t0 = time.time()
         reseed(seed, step, rank)
-        # scst without dropout: with it, the log-probabilities would not be of the sampling model
+        # scst without dropout: the model that learns is the one that sampled
         raw_model.train(not scst)
-        batch, n_tokens, reward = next_batch(step, batch_size, train_features, train_captions,
-                                             seed, process, token_dropout, sample)
+        batch, n_tokens, reward = next_batch(step, train_features, train_captions, process, sample)
         total_tokens, = all_reduce_sum(process, n_tokens)
         with process.autocast():
             # The mean over the tokens of the global batch. DDP averages the gradients of the
