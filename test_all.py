@@ -1048,7 +1048,7 @@ def test_the_captioner_compiles_once_for_captions_of_any_length():
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(model, backend=backend)
+    compiled = model.compiled(backend=backend)
     for T in (8, 9, 12, 7, 11):
         idx, features = torch.randint(0, 101, (3, T)), torch.randn(3, 9, 24)
         targets = idx.masked_fill(torch.arange(T) >= torch.tensor([[T], [T - 2], [T - 3]]), -100)

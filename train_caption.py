@@ -276,13 +276,21 @@ class Captioner(nn.Module):
         image = None if features is None else self.encode_image(features, image_idx)
         return self.loss(self.hidden(idx, image), targets, loss_weight)
 
-    @torch.compiler.disable  # the number of tokens differs in every batch: no graph would fit twice
     def loss(self, x, targets, loss_weight):
         is_token = targets >= 0
         weights = torch.ones_like(targets, dtype=torch.float32)
         if loss_weight is not None:
             weights *= loss_weight[:, None]
         return self.gpt.cross_entropy(x[is_token], targets[is_token], weights[is_token])[0]
+
+    def compiled(self, **options):
+        """
+        torch.compile(self, **options) for training, but for the loss: the number of tokens differs
+        in every batch, so no graph would fit twice.
+        """
+        # as a decorator, `disable` would load the compiler, two seconds, in every run
+        self.loss = torch.compiler.disable(self.loss)
+        return torch.compile(self, **options)
 
     @torch.no_grad()
     def generate(self, features, bos, max_new_tokens, temperature=0.0, top_k=None, num=1, beam=1):
@@ -1186,7 +1194,7 @@ if __name__ == "__main__":
         last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
         average = MovingAverage(raw_model, ema, last_weights)
     # `model` trains; raw_model, with the same weights, evaluates and is saved
-    model = distribute(torch.compile(raw_model) if compile else raw_model, process)
+    model = distribute(raw_model.compiled() if compile else raw_model, process)
 
     # ---- captions as tokens, and for scst as words
     config["max_length"] = max_length = min(max_length, raw_model.gpt.config.block_size - 1)
