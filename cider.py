@@ -7,7 +7,7 @@ CIDEr, BLEU and ROUGE-L: how captions are scored. Equal to coco-caption, in nump
     python cider.py results.json captions_val2017.json subset=True # results for some images only
 
 results.json is a COCO results file, [{"image_id": 42, "caption": "a dog"}, ...], the other any COCO
-captions file. It needs no GPU; 5,000 images with five references each take half a second.
+captions file. It needs no GPU; 5,000 images with five references each take a second.
 
 CIDEr (Vedantam, Zitnick, Parikh 2015, https://arxiv.org/abs/1411.5726) asks: people described the
 picture; does the candidate say what they agree on, in words that carry information? A caption
