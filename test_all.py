@@ -4452,13 +4452,10 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
         "run_script",
         lambda script, *words: inside(shlex.join(words), prompted, monkeypatch),
     )
+    command = ("paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all "
+               "batch_size=8 device=cpu max_steps=")
     with suppress(SystemExit):
-        inside(
-            "paligemma=base/adapter.safetensors data=aerial compare=True out_dir=all batch_size=8"
-            " max_steps=1 device=cpu",
-            prompted,
-            monkeypatch,
-        )
+        inside(command + "1", prompted, monkeypatch)
     rows, said = json.load(open(prompted / "all/results.json")), capsys.readouterr().out
     assert [row["way"] for row in rows] == list(paligemma_prompt.METHODS) and [
         row["step"] for row in rows
@@ -4467,6 +4464,15 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
     assert Image.open(prompted / "all/comparison.png").size[0] > 800 and os.path.exists(
         prompted / "all/curves.png"
     )
+    # the same command again keeps what is finished; with another setting it refuses
+    with suppress(SystemExit):
+        inside(command + "1", prompted, monkeypatch)
+    again = capsys.readouterr().out
+    assert again.count("is finished already") == len(rows)
+    assert paligemma_prompt.results_table(rows) in again
+    with pytest.raises(SystemExit):
+        inside(command + "2", prompted, monkeypatch)
+    assert "other settings (max_steps)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
