@@ -4683,14 +4683,15 @@ def bench_gpt2(process):
         train_gpt2.compile_for_training(ours)
         steps = {"here": train_step_of(ours, loss_here(ours.compiled_loss)),
                  "here, loss not compiled": train_step_of(ours, loss_here(None))}
-    memory = {name: peak_memory(step) for name, step in steps.items()}
+    memory = {name: peak_memory(step) for name, step in steps.items() if cuda}
     before = torch.cuda.memory_allocated() if cuda else 0
     theirs = GPT2LMHeadModel(GPT2Config(
         n_positions=T, n_embd=n_embd, n_layer=n_layer, n_head=n_head, resid_pdrop=0.0,
         embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)).to(process.device)
     run_theirs = torch.compile(theirs) if compiled else theirs
     steps["transformers"] = train_step_of(theirs, lambda x, y: run_theirs(x, labels=x).loss)
-    memory["transformers"] = peak_memory(steps["transformers"]) - before
+    if cuda:
+        memory["transformers"] = peak_memory(steps["transformers"]) - before
     seconds = median_seconds(*steps.values())
     for name, each in zip(steps, seconds):
         speed = B * T / each
