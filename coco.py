@@ -13,10 +13,10 @@ A data set is a folder laid out as COCO 2017 is:
     python coco.py data=data/risc risc_csv=risc/captions.csv             # converts RISC, encodes it
     python coco.py data=data/ucm karpathy_json=ucm/dataset_ucm.json      # or Karpathy's format
     python coco.py data=photos encoder=timm/tf_efficientnet_lite2       # a CNN of timm
-    python coco.py karpathy_split=dataset_coco.json # COCO in the splits that papers report on
+    # COCO in the splits that papers report on
+    python coco.py data=data/coco_karpathy karpathy_json=dataset_coco.json pictures=data/coco2017
     python coco.py data=data/shapes shapes=8000 encoder=none             # draws 8,000 small scenes
     python coco.py data=data/shapes encoder=tagger  # trains a small encoder (30 s), encodes them
-    python coco.py data=photos eda=True             # a table and a figure of what the set holds
 
 The same command run again continues what was interrupted. One GPU is enough: the CPU cores, which
 decode the images, set the pace. COCO_ENDPOINT names a mirror of images.cocodataset.org.
@@ -39,7 +39,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import tempfile
 import textwrap
 import time
@@ -58,8 +57,8 @@ from tqdm import tqdm
 
 from fineweb import (configure, die, download, lock_folder, print_settings, read_json, reading,
                      save_json, save_text)
-from train_gpt2 import load_checkpoint, load_weights, pyplot, save_checkpoint, setup
-from cider import read_captions, tokenize
+from train_gpt2 import load_checkpoint, load_weights, save_checkpoint, setup
+from cider import read_captions
 
 # --------------------------------------------------------------------------------------------------
 # settings: `python coco.py name=value` overrides any; rules such as >= 1 are checked
@@ -70,14 +69,11 @@ risc_csv: str = None        # convert RISC: its captions.csv, with the folder re
 karpathy_json: str = None   # convert a data set in Karpathy's format: its dataset_*.json
 pictures: str = None        # the folder of the converted set's pictures; None = beside its file
 turned = False              # pictures from above: each counts in 8 orientations, see README
-karpathy_split: str = None  # Karpathy's dataset_coco.json: COCO in his splits, in {data}_karpathy
 encoder = "ViT-B-32"        # a model of open_clip, timm/MODEL, tagger, patches; none = no features
 pretrained: str = None      # tag or file of weights; None = openai or timm's default; none = random
 keep: str = None            # one of short | long: converting: two captions of each picture only
-skip_bad = False            # remove unreadable pictures from the json, instead of ending with them
 batch_size = 128            # >= 1: images
 teach_steps = 450           # >= 1: training steps of the tagger
-eda = False                 # write a table and a figure of the data set into out/; encode nothing
 seed = 1337                 # >= 0
 device: str = None          # cuda, cpu, mps; None = the best there is
 dtype: str = None           # one of bfloat16 | float32: of matmuls; None = bfloat16 on CUDA
@@ -389,6 +385,14 @@ def read_risc(path, pictures=None):
     return entries
 
 
+def find_picture(folder, image):
+    """A picture of Karpathy's json: where it says, or where COCO 2017 has it."""
+    paths = [os.path.join(folder, image.get("filepath", ""), image["filename"])]
+    if "cocoid" in image:
+        paths += [os.path.join(folder, split, f"{image['cocoid']:012}.jpg") for split in SPLITS]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
 def read_karpathy(path, pictures=None):
     """One of Karpathy's dataset_*.json, likewise as (split, image id, path, captions)."""
     name = os.path.basename(path).removeprefix("dataset_").removesuffix(".json")
@@ -400,7 +404,7 @@ def read_karpathy(path, pictures=None):
         # COCO's own ids if all have one, else numbers: in a mixture, two could be the same
         has_ids = all("cocoid" in image for image in images)
         for number, image in enumerate(images, 1):
-            picture = os.path.join(folder, image.get("filepath", ""), image["filename"])
+            picture = find_picture(folder, image)
             captions = [sentence["raw"] for sentence in image["sentences"]]
             image_id = image["cocoid"] if has_ids else number
             entries.append((image["split"], image_id, picture, captions))
@@ -984,38 +988,7 @@ def encode_batches(encoder, files, rows, batch_size, process):
             yield list(good), features, problems
 
 
-def finish_features(temporary, path, metadata):
-    """Writes the metadata of the complete file `temporary`, then gives it its name."""
-    version = os.stat(temporary).st_mtime_ns
-    save_json(metadata_file(path), metadata | dict(finite=version))
-    os.replace(temporary, path)
-
-
-def copy_features(path, rows, metadata):
-    """Writes a features file of rows of other features: rows = [(features, row), ...]."""
-    shape = (len(rows), *rows[0][0].shape[1:])
-    need_space(os.path.dirname(path), 2 * math.prod(shape), path)
-    copy = np.lib.format.open_memmap(path + ".tmp", "w+", np.float16, shape)
-    for target, (features, row) in zip(copy, rows):
-        target[:] = features[row]
-    copy.flush()
-    finish_features(path + ".tmp", path, metadata | dict(done=len(rows), bad=[]))
-
-
-def remove_images(data, split, ids):
-    """Removes images from a split's json; the old json stays as captions_{split}.all.json."""
-    path = captions_file(data, split)
-    original = path.removesuffix(".json") + ".all.json"
-    if not os.path.exists(original):
-        shutil.copyfile(path, original)
-    content = read_json(path)
-    content["images"] = [image for image in content["images"] if image["id"] not in ids]
-    content["annotations"] = [row for row in content["annotations"] if row["image_id"] not in ids]
-    save_json(path, content)
-    print(f"{path}: {len(ids):,} unreadable pictures removed; {original} names them")
-
-
-def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=False):
+def encode_split(data, split, made_by, encoder, batch_size, process):
     """
     Writes the features of a split, called .npy.part until they are complete, and their metadata:
     made_by (encoder, weights, ...), the manifest, done (how many images were tried, in order) and
@@ -1068,122 +1041,13 @@ def encode_split(data, split, made_by, encoder, batch_size, process, skip_bad=Fa
             save_json(metadata_file(path), metadata)
             saved = time.time()
     bar.close()
-    bad = metadata["bad"]
-    if not bad:
-        finish_features(part, path, metadata)
-    elif skip_bad and len(bad) < n:
-        kept = [i for i in range(n) if i not in set(bad)]
-        metadata |= manifest([images[i] for i in kept])
-        copy_features(path, [(features, i) for i in kept], metadata)
-        remove_images(data, split, {images[i]["id"] for i in bad})
-        os.remove(part)
-    else:
-        return [files[i] for i in bad]
-    print(f"{path}: {n - len(bad):,} images x {features.shape[1]} tokens x {features.shape[2]}")
+    if metadata["bad"]:
+        return [files[i] for i in metadata["bad"]]
+    # the metadata of a complete file comes before its name
+    save_json(metadata_file(path), metadata | dict(finite=os.stat(part).st_mtime_ns))
+    os.replace(part, path)
+    print(f"{path}: {n:,} images x {features.shape[1]} tokens x {features.shape[2]}")
     return []
-
-
-def resplit(data, json_path, target, encoder):
-    """
-    Writes COCO 2017, from the folder `data`, in the splits of Karpathy's dataset_coco.json into the
-    folder `target`: 113,287 training, 5,000 validation and 5,000 test pictures, with the features.
-    """
-    split_of = {image_id: split for split, image_id, _, _ in read_karpathy(json_path)}
-    entries, feature_rows = [], {}
-    for split in SPLITS:
-        images, captions = load_captions(data, split)
-        unknown = [image["id"] for image in images if image["id"] not in split_of]
-        if unknown:
-            die(f"{json_path} does not know {len(unknown):,} pictures of {data}: {unknown[:3]}")
-        for image, file, texts in zip(images, image_files(data, split, images), captions):
-            entries.append((split_of[image["id"]], image["id"], file, texts))
-        if encoder != "none":
-            features, metadata = load_features(data, encoder, split, images)
-            for row, image in enumerate(images):
-                feature_rows[image["id"]] = features, row
-    convert(entries, target)
-    for split in splits_of(target):
-        images, _ = load_captions(target, split)
-        print(f"{target} {split}: {len(images):,} pictures")
-        if encoder != "none":
-            lock_folder(os.path.join(target, "features"))
-            rows = [feature_rows[image["id"]] for image in images]
-            path = features_file(target, encoder, split)
-            copy_features(path, rows, metadata | manifest(images))
-
-
-# --------------------------------------------------------------------------------------------------
-# a table and a figure of what a data set holds
-
-
-def describe_split(captions):
-    """(a column of the table, the number of words of each caption, {word: its count})"""
-    words = tokenize(list(itertools.chain(*captions)))
-    lengths = np.array([len(caption) for caption in words])
-    vocabulary = Counter(itertools.chain(*words))
-    repeated = len(words) - len(set(map(tuple, words)))
-    per_image = [len(texts) for texts in captions]
-    once = sum(count == 1 for count in vocabulary.values())
-    column = {
-        "images": f"{len(captions):,}",
-        "captions": f"{len(words):,}",
-        "captions an image": f"{np.mean(per_image):.2f} ({min(per_image)} to {max(per_image)})",
-        "repeated captions": f"{repeated:,} ({repeated / len(words):.1%})",
-        "words": f"{lengths.sum():,}",
-        "words a caption": f"{lengths.mean():.1f} ({lengths.min()} to {lengths.max()})",
-        "95% of captions have at most": f"{np.percentile(lengths, 95):.0f} words",
-        "vocabulary": f"{len(vocabulary):,} words",
-        "... used only once": f"{once:,}",
-    }
-    return column, lengths, vocabulary
-
-
-def explore(data, path):
-    """Prints a table of what is in a data set, and draws it into the file `path`."""
-    plt = pyplot()
-    fig = plt.figure(figsize=(14, 10.5), layout="constrained")
-    above, below = fig.subfigures(2, 1, height_ratios=(1, 1.8))
-    lengths_ax, coverage_ax, words_ax = above.subplots(1, 3)
-    columns, vocabularies = {}, {}
-    for split in splits_of(data):
-        _, captions = load_captions(data, split)
-        column, lengths, vocabulary = describe_split(captions)
-        columns[split], vocabularies[split] = column, vocabulary
-        new = vocabulary.keys() - vocabularies["train2017"].keys()
-        column["... not in train2017"] = f"{len(new):,}"
-        bins = np.arange(min(lengths.max(), 40) + 2) - 0.5
-        lengths_ax.hist(lengths, bins, density=True, histtype="step", linewidth=1.5, label=split)
-        coverage = np.cumsum([count for _, count in vocabulary.most_common()])
-        coverage_ax.plot(range(1, len(coverage) + 1), coverage / lengths.sum(), label=split)
-    top = vocabularies["train2017"].most_common(25)
-    print(f"\n{'':<32}" + "".join(f"{split:>20}" for split in columns))
-    for row in columns["train2017"]:
-        print(f"{row:<32}" + "".join(f"{column[row]:>20}" for column in columns.values()))
-    print("most frequent words: " + ", ".join(f"{word} {count:,}" for word, count in top))
-
-    lengths_ax.set(title="words in a caption", xlabel="words", ylabel="share of the captions")
-    coverage_ax.set(title="the k most frequent words make ...", xlabel="k",
-                    ylabel="... this share of the text", xscale="log", ylim=(0, 1.02))
-    for ax in (lengths_ax, coverage_ax):
-        ax.grid(alpha=0.3)
-        ax.legend()
-    words_ax.barh([word for word, _ in top], [count for _, count in top], color="tab:gray")
-    words_ax.invert_yaxis()
-    words_ax.set(title="most frequent words of train2017", xlabel="times used")
-    words_ax.tick_params(axis="y", labelsize=8)
-    # ten training pictures, spread over the whole split, with two captions each
-    images, captions = load_captions(data, "train2017")
-    files = image_files(data, "train2017", images)
-    axes = below.subplots(2, 5).flat
-    for ax in axes:
-        ax.axis("off")
-    for ax, i in zip(axes, range(0, len(files), math.ceil(len(files) / 10))):
-        lines = [textwrap.fill(caption.strip(), 40) for caption in captions[i][:2]]
-        ax.imshow(open_image(files[i]))
-        ax.set_title("\n".join(lines), fontsize=8.5, parse_math=False)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
-    print(f"the figure: {path}")
 
 
 if __name__ == "__main__":
@@ -1206,8 +1070,6 @@ if __name__ == "__main__":
         empty = not os.path.isdir(data) or not os.listdir(data)
         # COCO's zips are there until all of it is unpacked
         if empty or glob.glob(os.path.join(data, "*2017.zip*")):
-            if eda:
-                die(f"data={data}: no data set; `python coco.py data={data}` downloads COCO there")
             download_coco(data)
     splits = splits_of(data) or SPLITS
     for split in splits:
@@ -1215,11 +1077,6 @@ if __name__ == "__main__":
         print(f"{data} {split}: {len(images):,} pictures, {sum(map(len, captions)):,} captions, "
               f'such as "{captions[0][0].strip()}"')
         warn_overlap(data, split)
-    if eda:
-        os.makedirs("out", exist_ok=True)
-        name = os.path.basename(os.path.abspath(data))
-        explore(data, os.path.join("out", f"eda_{name}.png"))
-        sys.exit(0)
 
     # ---- the features
     files = [features_file(data, encoder, split) for split in splits]
@@ -1246,10 +1103,8 @@ if __name__ == "__main__":
         for split in splits:
             # the orientations of training pictures are pictures of their own
             image_encoder.turned = made_by["turned"] = turned and split != "train2017"
-            bad += encode_split(data, split, made_by, image_encoder, batch_size, process, skip_bad)
+            bad += encode_split(data, split, made_by, image_encoder, batch_size, process)
         if bad:
-            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. Mend them and run the "
-                "same command again, or leave them out with skip_bad=True")
-    if karpathy_split:
-        resplit(data, karpathy_split, os.path.normpath(data) + "_karpathy", encoder)
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. Mend them, or take them "
+                "out of the json and delete the .part files; then run the same command again")
     print(f"done in {time.time() - started:.0f} s")

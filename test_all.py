@@ -2512,7 +2512,7 @@ def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
     whole = np.load(path)
     path.unlink()
     os.rename(drawn / "val2017", drawn / "elsewhere")
-    error = run(f"coco.py data={drawn} encoder=patches skip_bad=True", drawn, ok=False)
+    error = run(f"coco.py data={drawn} encoder=patches", drawn, ok=False)
     assert "val2017 holds none of the 6 pictures" in error
     os.rename(drawn / "elsewhere", drawn / "val2017")
     good = (drawn / "val2017/000002.jpg").read_bytes()
@@ -2523,7 +2523,6 @@ def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
         "can't be read, 2 in all" in said
         and "000002.jpg" in said
         and "000005.jpg" in said
-        and "skip_bad=True" in said
     )
     assert (
         drawn / "features/patches_train2017.npy"
@@ -2539,20 +2538,25 @@ def test_unreadable_pictures_are_named_and_never_replaced(drawn, capsys):
     assert [os.path.basename(file) for file in encode_val(drawn, encoder)] == [
         "000005.jpg"
     ] and encoder.n_images == 1
-    assert encode_val(drawn, skip_bad=True) == []
-    left, captions = coco.load_captions(str(drawn), "val2017")
-    assert [image["id"] for image in left] == [
-        image["id"] for image in images if image["file_name"] != "000005.jpg"
-    ] and all(len(said) == 5 for said in captions)
-    assert np.array_equal(
-        coco.load_features(str(drawn), "patches", "val2017", left)[0], whole[[0, 1, 2, 3, 5]]
-    )
-    assert len(json.load(open(drawn / "annotations/captions_val2017.all.json"))["images"]) == 6
-    assert sorted(os.listdir(drawn / "features"))[-2:] == [
-        "patches_val2017.json",
-        "patches_val2017.npy",
-    ]
+    # taken out of the json: then what was encoded is of other pictures
+    content = json.loads((drawn / "annotations/captions_val2017.json").read_text())
+    left = [image for image in images if image["file_name"] != "000005.jpg"]
+    ids = {image["id"] for image in left}
+    content["images"] = left
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+    (drawn / "annotations/captions_val2017.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        encode_val(drawn)
+    assert "npy.part was made with other pictures" in capsys.readouterr().err
+    path.with_suffix(".npy.part").unlink()
+    assert encode_val(drawn) == []
+    features, _ = coco.load_features(str(drawn), "patches", "val2017", left)
+    assert np.array_equal(features, whole[[0, 1, 2, 3, 5]])
     assert encode_val(drawn) == []  # there already, and of this json
+    with pytest.raises(SystemExit):
+        coco.load_features(str(drawn), "patches", "val2017", left[::-1])
+    assert "in another order" in capsys.readouterr().err
 
 
 def test_converted_data_sets(tmp_path):
@@ -2681,60 +2685,25 @@ def test_karpathy_files_that_would_mix_captions_are_refused(tmp_path, capsys, ch
     assert hint in capsys.readouterr().err and not (tmp_path / "set").exists()
 
 
-def test_karpathys_split_moves_the_features_along(drawn, capsys):
-    data, target = str(drawn), str(drawn) + "_karpathy"
-    # scenes of both splits have the same file names; COCO's never do
-    val = json.load(open(drawn / "annotations/captions_val2017.json"))
-    for image in val["images"]:
-        os.rename(drawn / "val2017" / image["file_name"], drawn / f"val2017/v{image['file_name']}")
-        image["file_name"] = "v" + image["file_name"]
-    (drawn / "annotations/captions_val2017.json").write_text(json.dumps(val))
-    for split in coco.SPLITS:
-        coco.encode_split(
-            data, split, dict(encoder="patches", weights="w"), coco.Patches(), 16, ALONE
-        )
-    was = {
-        image["id"]: (said, row)
-        for split in coco.SPLITS
-        for image, said, row in zip(
-            *coco.load_captions(data, split), np.load(drawn / f"features/patches_{split}.npy")
-        )
-    }
-    entries = [
-        dict(
-            cocoid=number,
-            filename="",
-            split=("train", "val", "test", "restval")[number % 4],
-            sentences=[],
-        )
-        for number in was
-    ]
-    (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries)))
-    coco.resplit(data, str(drawn / "dataset_coco.json"), target, "patches")
-    seen = set()
-    for split, rests in (("train2017", (0, 3)), ("val2017", (1,)), ("test2017", (2,))):
-        images, captions = coco.load_captions(target, split)
-        features, _ = coco.load_features(target, "patches", split, images)
-        for image, said, row in zip(images, captions, features):
-            assert (
-                image["id"] % 4 in rests
-                and said == was[image["id"]][0]
-                and np.array_equal(row, was[image["id"]][1])
-            )
-            seen.add(image["id"])
-        encoder = Counting()
-        coco.encode_split(target, split, dict(encoder="patches", weights="w"), encoder, 16, ALONE)
-        assert encoder.n_images == 0  # known as those of this json
-    assert seen == set(was)
-    (drawn / "dataset_coco.json").write_text(json.dumps(dict(images=entries[1:])))
-    with pytest.raises(SystemExit):
-        coco.resplit(data, str(drawn / "dataset_coco.json"), target, "patches")
-    assert "does not know 1 pictures" in capsys.readouterr().err
-    images = coco.load_captions(data, "val2017")[0]
-    coco.load_features(data, "patches", "val2017", images)
-    with pytest.raises(SystemExit):
-        coco.load_features(data, "patches", "val2017", images[::-1])
-    assert "in another order" in capsys.readouterr().err
+def test_coco_in_karpathys_splits_is_made_of_the_2017_pictures(tmp_path):
+    for folder, cocoid in (("train2017", 9), ("train2017", 391895), ("val2017", 139)):
+        os.makedirs(tmp_path / "coco2017" / folder, exist_ok=True)
+        picture = Image.new("RGB", (8, 8), (cocoid % 256, 0, 0))
+        picture.save(tmp_path / f"coco2017/{folder}/{cocoid:012d}.jpg")
+    images = []
+    for cocoid, split in ((9, "test"), (391895, "restval"), (139, "train")):
+        name = f"COCO_val2014_{cocoid:012d}.jpg"
+        images.append(dict(filename=name, filepath="val2014", cocoid=cocoid, split=split,
+                           sentences=[dict(raw=f"picture {cocoid}")]))
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(dict(images=images)))
+    entries = coco.read_karpathy(str(tmp_path / "dataset_coco.json"), str(tmp_path / "coco2017"))
+    coco.convert(entries, str(tmp_path / "set"))
+    for split, ids in (("train2017", [391895, 139]), ("test2017", [9])):
+        found, captions = coco.load_captions(str(tmp_path / "set"), split)
+        assert [image["id"] for image in found] == ids
+        assert captions == [[f"picture {cocoid}"] for cocoid in ids]
+        for image, file in zip(found, coco.image_files(str(tmp_path / "set"), split, found)):
+            assert abs(coco.open_image(file).getpixel((4, 4))[0] - image["id"] % 256) < 3
 
 
 def zip_of(path, members):
@@ -2859,32 +2828,6 @@ def test_coco_is_downloaded_verified_and_goes_on(mirror, drawn, tmp_path, monkey
     with pytest.raises(SystemExit):
         coco.download_coco(str(tmp_path / "full"))
     assert "are free" in capsys.readouterr().err and os.listdir(tmp_path / "full") == []
-
-
-def test_eda_counts_what_is_there(tmp_path, capsys):
-    os.makedirs(tmp_path / "imgs")
-    entries = []
-    captions = [["a dog .", "A dog", "two dogs run"], ["a cat $x$"], ["a bird"]]
-    for k, split in enumerate(("train", "train", "test")):
-        Image.new("RGB", (20, 10)).save(tmp_path / f"imgs/{k}.png")
-        entries.append((split, k + 1, str(tmp_path / f"imgs/{k}.png"), captions[k]))
-    coco.convert(entries, str(tmp_path / "set"))
-    coco.explore(str(tmp_path / "set"), str(tmp_path / "eda.png"))
-    printed = capsys.readouterr().out.splitlines()
-    rows = {line[:32].strip(): line[32:].split() for line in printed}
-    assert rows["images"] == ["2", "1"] and rows["captions"] == ["4", "1"]
-    assert rows["captions an image"][:4] == ["2.00", "(1", "to", "3)"]
-    assert rows["repeated captions"] == ["1", "(25.0%)", "0", "(0.0%)"]
-    assert rows["words"] == ["12", "2"] and rows["words a caption"][0] == "3.0"
-    assert rows["vocabulary"][::2] == ["8", "2"] and rows["... not in train2017"] == ["0", "1"]
-    assert Image.open(tmp_path / "eda.png").size[0] > 1000
-    # captions without a letter leave no words to count
-    entries = [(split, k, path, ["...", "?"]) for split, k, path, _ in entries]
-    coco.convert(entries, str(tmp_path / "silent"))
-    coco.explore(str(tmp_path / "silent"), str(tmp_path / "eda.png"))
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1:] for line in printed if line.startswith("vocabulary")] == [
-        ["0", "words", "0", "words"]]
 
 
 # ---- the captioner (train_caption.py)
@@ -3514,7 +3457,6 @@ def test_all_variants_share_one_table(road, monkeypatch, capfd):
         ("train_caption.py init_from=out/caption_whole out_dir=out/caption_whole", "overwrite"),
         ("train_caption.py image=shapes/val2017/000001.jpg out_dir=other_eye", "not those"),
         ("train_caption.py image=shapes/val2017/000001.jpg out_dir=no_eye", "another program"),
-        ("coco.py data=nowhere eda=True", "downloads COCO there"),
         (
             (
                 "train_gpt2.py data=tokens n_layer=2 n_head=2 n_embd=32 block_size=32 batch_size=3"
