@@ -1,5 +1,5 @@
 """
-    python -m pytest -q test_all.py          # a few minutes on two cores; no GPU, no network
+    python -m pytest -q -n 2 test_all.py     # a few minutes on two cores; no GPU, no network
 
 Equality with what others trust (transformers, pycocoevalcap), with ourselves done the plain way (no
 cache, one process, an uninterrupted run), and the rules of the house. What needs real data runs
@@ -40,6 +40,11 @@ import zipfile
 from collections import Counter
 from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from types import SimpleNamespace
+
+# two tests at a time (-n 2) share the cores; torch reads this when it is imported
+n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if n_workers > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // n_workers))
 
 import numpy as np
 import pytest
