@@ -691,13 +691,17 @@ class Tagger(nn.Module):
             conv = nn.Conv2d(n_in, n_out, size, stride=2, padding=size // 2, bias=False)
             return conv, nn.BatchNorm2d(n_out), nn.ReLU()
 
-        # these names are part of the fingerprint of saved features
-        self.eye = nn.Sequential(*convolution(5, 24, 5), *convolution(24, 64, 3),
-                                 *convolution(64, 128, 3), nn.Conv2d(128, 128, 3, padding=1))
+        self.convolutions = nn.Sequential(
+            *convolution(5, 24, 5), *convolution(24, 64, 3), *convolution(64, 128, 3),
+            # each channel looks around by itself, then all are mixed: an eighth of the work of one
+            # convolution that does both (Howard et al. 2017, https://arxiv.org/abs/1704.04861)
+            nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 128, 1))
         self.norm = nn.LayerNorm(128)
         if n_words:  # in training only
             self.vote = nn.Linear(128, n_words)
             nn.init.constant_(self.vote.bias, -3.0)  # most words are not about most images
+        # a pixel's channels side by side in memory: what convolutions are fastest with
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, pixels):
         x = pixels.permute(0, 3, 1, 2) / 127.5 - 1  # (B, 3, 64, 64)
@@ -705,7 +709,7 @@ class Tagger(nn.Module):
         line = torch.linspace(-1, 1, 64, device=x.device)
         positions = torch.stack(torch.meshgrid(line, line, indexing="xy"))
         x = torch.cat([x, positions.expand(len(x), 2, 64, 64)], 1)
-        x = self.eye(x).flatten(2).transpose(1, 2)  # (B, 128, 8, 8) -> (B, S=64, W=128)
+        x = self.convolutions(x).flatten(2).transpose(1, 2)  # (B, 128, 8, 8) -> (B, S=64, W=128)
         return self.norm(x)
 
 
@@ -858,7 +862,7 @@ class Timm(nn.Module):
         config = timm.data.resolve_model_data_config(self.model)
         config |= dict(crop_pct=1.0, crop_mode="squash")
         self.preprocess = timm.data.create_transform(**config, is_training=False)
-        # a map's channels side by side in memory: what convolutions are fastest with
+        # as in Tagger
         self.model.to(memory_format=torch.channels_last)
         self.eval()
         _, height, width = config["input_size"]
@@ -954,9 +958,11 @@ def encode(encoder, pictures, process):
     forward = encoder
     if getattr(encoder, "turned", False):
         forward = functools.partial(mean_of_orientations, encoder)
-    # a CPU gets 8 pictures at a time: more activations than its caches hold make a CNN slower
     pixels = torch.stack(pictures)
-    parts = pixels.split(8) if process.device == "cpu" else [pixels]
+    parts = [pixels]
+    if process.device == "cpu":
+        # a few at a time: more activations than its caches hold make a CNN slower
+        parts = pixels.split(max(8, 400_000 // pixels[0].numel()))
     with process.autocast():
         features = [forward(part.to(process.device)) for part in parts]
     return torch.cat(features).to("cpu", torch.float16).numpy()
@@ -1105,6 +1111,6 @@ if __name__ == "__main__":
             image_encoder.turned = made_by["turned"] = turned and split != "train2017"
             bad += encode_split(data, split, made_by, image_encoder, batch_size, process)
         if bad:
-            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. Mend them, or take them "
-                "out of the json and delete the .part files; then run the same command again")
+            die(f"can't be read, {len(bad):,} in all: {', '.join(bad[:5])}. Mend them, or take "
+                "them out of the json and delete the .part files; then run the same command again")
     print(f"done in {time.time() - started:.0f} s")
