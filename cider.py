@@ -445,7 +445,7 @@ M = "".join(c for c in map(chr, range(0x300, 0xED0)) if unicodedata.category(c) 
 # accents that come apart from their letter
 M = f"(?:[{M}]|&[aeiouAEIOU](?:acute|grave|uml);)"
 # apostrophes; n't; it's, they're
-Q, QQ, NT, CLITIC = "['’]", "['’‘‛]", "[nN][`'’‘‛][tT]", "(?i:[smd]|re|ve|ll)"
+Q, QQ, NT, CLITIC = "['’]", "['’‘‛`]", "[nN][`'’‘‛][tT]", "(?i:[smd]|re|ve|ll)"
 # U.S; the period of "dog.," is kept, as of "etc.,"
 DOTTED, DOT = r"[A-Za-z](?:\.[A-Za-z])+", r"(?:\.(?=[,;:、]))?"
 # d'Angelo, O'Neill: two more letters at least
@@ -473,6 +473,9 @@ TWO_WORDS = {"cannot", "gotta", "gonna", "wanna", "lemme", "gimme"}
 OPENERS = CAPITAL(r"""About According Additionally After An A As At But Earlier He Her Here
     However If In It Last Many More Mr\. Ms\. Now Once One Other Our She Since So Some Such That
     The Their Then There These They This We When While What Yet You""")
+# <br/>, <a href="dog">
+TAG = (r"</?[A-Za-z][\w:-]*(?:[^\S\n]+[\w:-]+(?:[^\S\n]*=[^\S\n]*"
+       r"""(?:"[^"<>\n]*"|'[^'<>\n]*'))?)*[^\S\n]*/?>|<[!?][A-Za-z-][^<>\n]*>""")
 
 WORDS = [  # what begins with a letter or a digit
     # http://dog.org/cat
@@ -498,8 +501,8 @@ WORDS = [  # what begins with a letter or a digit
     rf"{L}{W}*(?:[.!?]{L}{W}*)+{DOT}|{NUMBERED}(?=\s?\d)",
     # st.
     rf"(?=[A-Za-z]{{2,7}}\.)(?:(?i:{'|'.join(ABBREVIATED.split())})|{STATES})\.",
-    # J. Crew; but "vitamin C. The dog" ends a sentence
-    rf"[A-Za-z]\.(?!\s+(?:{OPENERS})\s)",
+    # J. Crew; but "vitamin C. The dog" and "vitamin C. <b>" end a sentence
+    rf"[A-Za-z]\.(?!\s+(?:(?:{OPENERS})\s|{TAG}))",
     # words on a list of the Java program
     rf"(?i:s&ls|s&p-500|c\+\+|c#|cap{Q}n|c{Q}est|(?:pro|anti)-(?!{W}))",
     # and the rest of that list
@@ -531,9 +534,7 @@ OTHERS = [
     rf"(?i:'n'|{Q}n(?=\s|$)|’n’?|{Q}(?:em|till?|cause|[2-9]0s)|'t(?=is|was))|{Q}\d\d(?=\s)",
     # quotes; dog|'s
     r"''|[`‘’‚‛“”„‟‹›«»]{2}|(?i:'(?:[smd](?![a-z])|(?:re|ve|ll)(?=[^a-z]))|’(?:[smd]|re|ve|ll))",
-    # <br/>, <a href="dog">
-    r"</?[A-Za-z][\w:-]*(?:[^\S\n]+[\w:-]+(?:[^\S\n]*=[^\S\n]*"
-    r"""(?:"[^"<>\n]*"|'[^'<>\n]*'))?)*[^\S\n]*/?>|<[!?][A-Za-z-][^<>\n]*>|<<|>>""",
+    TAG + "|<<|>>",
     # &gt; #hashtag @dog
     rf"&(?:[lg]t|#\d+|HT|TL|UR|LR|QC|QL|QR|odq|cdq);|#{L}+|@[A-Za-z_][A-Za-z_0-9]*",
     # -5 .50 !! and, to drop, -- ...

@@ -99,7 +99,7 @@ def load_captions(data, split):
     if not os.path.isdir(data):
         die(f"data={data}: no such folder")
     if not os.path.exists(path):
-        die(f"{path} is missing: data={data} is not laid out as COCO 2017 is")
+        die(f"{path} is missing: data={data} is not laid out as COCO 2017 is, or has no {split}")
     try:
         images, captions = read_captions(path)
     except ValueError as problem:
@@ -346,13 +346,13 @@ def add_image(content, image, captions, first_id=1):
 
 def save_captions(data, contents, train_captions):
     """
-    Writes the json of each split, and the training captions alone as train_captions.txt. The jsons
-    come last, train and val after test: once they are there, the data set is complete.
+    Writes the json of each split, and the training captions alone as train_captions.txt. The json
+    of train2017 comes last: once it is there, the data set is complete.
     """
     lines = [" ".join(caption.split()) + "\n" for caption in train_captions]
     save_text(os.path.join(data, "train_captions.txt"), "".join(lines))
     os.makedirs(os.path.join(data, "annotations"), exist_ok=True)
-    for split in sorted(contents):
+    for split in sorted(contents, key="train2017".__eq__):
         save_json(captions_file(data, split), contents[split])
 
 
@@ -414,11 +414,10 @@ def read_karpathy(path, pictures=None):
 def add_turned(content, pictures, folder):
     """Writes 7 further orientations of each picture, and adds each with all captions."""
     for image_id, path, captions in tqdm(pictures, desc="turning", mininterval=1):
-        stem = os.path.splitext(os.path.basename(path))[0]
         upright = open_image(path)
         mirrored = ImageOps.mirror(upright)
         for k in range(1, 8):
-            name = f"{stem}_turned{k}.jpg"
+            name = f"{os.path.basename(path)}_turned{k}.jpg"
             picture = (mirrored if k > 3 else upright).rotate(90 * (k % 4), expand=True)
             picture.save(os.path.join(folder, name), quality=95)
             add_image(content, dict(id=f"{image_id}_turned{k}", file_name=name), captions)
@@ -730,6 +729,8 @@ def train_tagger(data, steps, seed, B=48, peak=4e-3, device="cpu"):
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(lambda file: preprocess_file(tagger, file), files))
     readable = [i for i, x in enumerate(pixels) if torch.is_tensor(x)]
+    if not readable:
+        die(f"{data} holds no readable picture of train2017")
     pixels = torch.stack([pixels[i] for i in readable])  # (N, 64, 64, 3)
     targets = targets[readable]                          # (N, words)
     rng = np.random.default_rng(seed)
@@ -1064,7 +1065,7 @@ if __name__ == "__main__":
     if shapes or risc_csv or karpathy_json:
         if data == "data/coco2017":
             die("give the new data set a folder of its own: data=")
-        if set(SPLITS) <= set(splits_of(data)):
+        if "train2017" in splits_of(data):
             print(f"{data} is there already: used as it is")
         elif shapes:
             draw_shapes(data, shapes, seed)

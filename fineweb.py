@@ -203,6 +203,8 @@ def save_atomically(path, write):
     reads half a file, not even after a power cut. `path` is unchanged if writing fails.
     """
     try:
+        with suppress(FileNotFoundError):
+            os.remove(path + ".tmp")  # of a killed run; it may be a hard link to another file
         with open(path + ".tmp", "wb") as f:
             write(f)
             f.flush()
@@ -308,7 +310,7 @@ def fetch(url, part):
             raise requests.ConnectionError("the part on disk is longer than the file")
         response.raise_for_status()
         if "text/html" in response.headers.get("Content-Type", ""):
-            die(f"{url}: a web page came, not the file: does this network ask for a login?")
+            raise OSError("a web page came, not the file: does this network ask for a login?")
         if response.status_code == 200:  # the whole file, whatever part was asked for
             done = 0
         total = done + int(response.headers.get("Content-Length", 0))
@@ -324,10 +326,11 @@ def fetch(url, part):
         raise requests.ConnectionError("the connection was cut")
 
 
-def download(url, path, tries=8):
+def download(url, path, tries=8, otherwise=die):
     """
     Fetches `url` into the file `path`, unless it exists, and returns `path`. A cut connection, a
-    429 or a 5xx is tried again after a pause that doubles, from the byte where it stopped.
+    429 or a 5xx is tried again after a pause that doubles, from the byte where it stopped. If it
+    can't be fetched, returns otherwise(one line that says so).
     """
     if os.path.exists(path):
         return path
@@ -347,7 +350,7 @@ def download(url, path, tries=8):
             if status in (401, 403) and url.startswith(hub() + "/"):
                 what += "; accept its licence there, if it has one, and set HF_TOKEN"
             if status < 500 and status != 429:
-                die(f"{url}: {what}")
+                return otherwise(f"{url}: {what}")
             retry_after = response.headers.get("Retry-After", "")
             if retry_after.isdigit():
                 pause = max(pause, min(int(retry_after), 300))
@@ -355,9 +358,10 @@ def download(url, path, tries=8):
                 requests.exceptions.ChunkedEncodingError) as problem:
             what = f"no answer ({type(problem).__name__})"
         except OSError as problem:  # a malformed address, or a full disk
-            die(f"{url} can't be fetched into {part}: {problem}")
+            return otherwise(f"{url} can't be fetched into {part}: {problem}")
         if attempt == tries - 1:
-            die(f"could not download {url}: {what}, {tries} times. Run again, or put it at {path}")
+            return otherwise(f"could not download {url}: {what}, {tries} times. Run again, or put "
+                             f"it at {path}")
         print(f"{what}; trying again in {pause} s ({url})", flush=True)
         time.sleep(pause)
     if path.endswith(".json"):
@@ -366,7 +370,7 @@ def download(url, path, tries=8):
                 json.load(f)
         except ValueError:
             os.remove(part)  # the next try must not go on from it
-            die(f"{url}: what came is not json")
+            return otherwise(f"{url}: what came is not json")
     os.replace(part, path)
     return path
 

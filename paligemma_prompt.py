@@ -69,7 +69,8 @@ from fineweb import (configure, die, download, hub, lock_folder, print_settings,
 from train_gpt2 import (KVCache, Log, beam_search, check_finite, check_shapes, curve, decode,
                         get_lr, load_checkpoint, make_optimizers, optimizer_step, peak_memory, plot,
                         print_step, pyplot, read_log, resume_optimizers, safetensors_files,
-                        save_checkpoint, setup, start_wandb, stop_signals, warn_changed)
+                        save_checkpoint, setup, signals_end_the_process, start_wandb, stop_signals,
+                        warn_changed)
 from cider import evaluate as score
 from coco import draw_shapes, load_captions, open_image, splits_of
 from train_caption import (TokenizedCaptions, caption_split, draw_captions, perplexity,
@@ -925,7 +926,7 @@ def prepare_demo(seed, max_steps):
           "This shows how\nprompts work, not what PaliGemma can do. What exists is not made again.",
           flush=True)
     for world, shares in WORLDS.items():
-        if "val2017" not in splits_of(f"data/{world}"):
+        if "train2017" not in splits_of(f"data/{world}"):
             draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
     if os.path.exists("out/prompt_small/results.json"):
         return
@@ -1348,6 +1349,7 @@ if __name__ == "__main__":
         log.add(**row)
 
     # ---- scored on the whole split, a batch at a time: less memory than a training step takes
+    signals_end_the_process()
     prompted.ask(prompts[0])
     candidates = caption_split(prompted, pictures, encoding, max_length, process, beam, batch_size)
     scores = score(candidates, references)[0]

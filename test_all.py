@@ -1187,6 +1187,12 @@ def test_checkpoints_are_written_while_training_goes_on(tmp_path):
     writer.submit(str(tmp_path / "ckpt.pt/inside"), dict(step=2), False)  # no folder can be there
     with pytest.raises(OSError):
         writer.submit(folder, dict(step=3), False)
+    # a run that was killed between the two names leaves a hard link to best.pt
+    os.link(tmp_path / "best.pt", tmp_path / "ckpt.pt.tmp")
+    train_gpt2.save_run(folder, dict(step=4), False)
+    steps = [train_gpt2.load_checkpoint(str(tmp_path / name))["step"]
+             for name in ("ckpt.pt", "best.pt")]
+    assert steps == [4, 1]
 
 
 def test_cudnn_attention_comes_first_on_hopper(monkeypatch):
@@ -1701,6 +1707,7 @@ a dog’s “bowl” don’t ‘stop’ a - b -- c --- d ---- e ----- f – g �
 dog... dog.. .... dog … dog !! ?? ?! ! ? | dog dog dog dog !! ?? ?!
 :) ;-D ^_^ (-_-) :-( dog., ab-cd.; Yahoo!'s a!b a?b | :-rrb- ;-d ^_^ -lrb--_--rrb- :--lrb- dog. ab-cd. yahoo 's a!b a?b
 <br/> <b>bold</b> a < b > c << >> | <br/> <b> bold </b> a < b > c << >>
+T`here rock`n`roll ma`am it`s plan C. <b> J. <dog | t`here rock n`roll ma`am it s plan c <b> j. < dog
 dog&nbsp;cat &amp; &gt; &mdash; caf&eacute; &quot;x&quot; | dog cat & > caf&eacute; x
 café naïve crème-brûlée straße Русский 日本語. عربي | café naïve crème-brûlée straße русский 日本語 عربي
 dog😀cat ★★ Coke® soft­hyphen → × ° | dog cat ★ ★ coke ® softhyphen → × °
@@ -2638,6 +2645,35 @@ def test_training_pictures_in_eight_orientations(tmp_path):
         )  # jpeg; others differ by 40
     text = (tmp_path / "set/train_captions.txt").read_text()
     assert sorted(text.splitlines()) == ["one", "two"]
+    # names that differ in their ending only
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    entries = [("train", 1, path, ["one"]), ("train", 2, str(tmp_path / "a.jpg"), ["two"])]
+    coco.convert(entries, str(tmp_path / "two"), turned=True)
+    images, _ = coco.load_captions(str(tmp_path / "two"), "train2017")
+    assert len(images) == len({image["file_name"] for image in images}) == 16
+
+
+def test_a_converted_set_without_val_is_not_converted_again(tmp_path, capsys):
+    for folder, colour in (("a", "red"), ("b", "blue")):
+        os.makedirs(tmp_path / folder)
+        Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "1.png")
+        images = [dict(filename="1.png", split="train", sentences=[dict(raw=colour)])]
+        (tmp_path / folder / "dataset_x.json").write_text(json.dumps(dict(images=images)))
+        said = run_here(f"coco.py data=set karpathy_json={folder}/dataset_x.json encoder=none",
+                        tmp_path)
+    assert "set is there already" in said
+    assert coco.load_captions(str(tmp_path / "set"), "train2017")[1] == [["red"]]
+
+
+def test_the_newest_captioner_is_found_among_runs_of_all_kinds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n, (folder, content) in enumerate((
+            ("a/old", dict(gpt_config=1)), ("ucm", dict(gpt_config=1)), ("gpt", dict(model={})),
+            ("ucm_shuffled", dict(gpt_config=1)))):
+        os.makedirs(f"out/{folder}")
+        torch.save(content, f"out/{folder}/ckpt.pt")
+        os.utime(f"out/{folder}/ckpt.pt", (n, n))
+    assert train_caption.find_run() == "out/ucm"
 
 
 @pytest.mark.parametrize(
@@ -3179,6 +3215,34 @@ def test_captioner_resumes_exactly(trained):
         )
 
 
+def test_a_resumed_run_takes_what_is_typed_and_keeps_the_rest(trained):
+    (trained / "three").mkdir()
+    shutil.copytree(trained / "shapes", trained / "three/shapes")
+    folder = trained / "three/shapes/annotations"
+    shutil.copy(folder / "captions_val2017.json", folder / "captions_test2017.json")
+    features = trained / "three/shapes/features"
+    for end in ("npy", "json"):
+        shutil.copy(features / f"patches_val2017.{end}", features / f"patches_test2017.{end}")
+    words = CAPTION_RUN.replace("gpt=", "gpt=../")
+    cwd = trained / "three"
+    run_here(f"{words} out_dir=a split=test2017 max_steps=2 eval_interval=2 dropout=0.5 ema=0.9",
+             cwd)
+    losses = []
+    for n, changed in enumerate(("", "dropout=0.0", "beta2=0.5", "ema=0.0")):
+        shutil.copytree(cwd / "a", cwd / f"a{n}")
+        run_here(f"train_caption.py out_dir=a{n} init_from=resume max_steps=4 {changed}", cwd)
+        losses.append(log_column(cwd / f"a{n}/log.csv", "loss")[2:])
+        assert json.load(open(cwd / f"a{n}/results.json"))["settings"]["split"] == "test2017"
+        assert (cwd / f"a{n}/captions_test2017.json").exists()
+    # the step after the checkpoint: dropout changes it; betas count from its update on; without
+    # ema, too, training goes on from the last weights, not from their average
+    assert losses[1][0] != losses[0][0]
+    assert losses[2][0] == losses[0][0] and losses[2][1] != losses[0][1]
+    assert losses[3] == losses[0]
+    error = run("train_caption.py out_dir=a init_from=resume gpt=nowhere.pt", cwd, ok=False)
+    assert "was trained with gpt=../gpt/ckpt.pt" in error
+
+
 def test_a_resumed_run_chooses_the_checkpoint_that_a_stop_left_unevaluated(trained):
     """A stop saves before the evaluation that was due. The resumed run evaluates that checkpoint."""
     runs = (("gpt", f"{GPT_RUN} out_dir=gpt_stopped", math.inf),
@@ -3306,7 +3370,7 @@ def test_image_mode_needs_the_checkpoint_alone(trained, tmp_path, server):
     assert "judged.json" in run_here(command, tmp_path, ok=False)
 
 
-def test_a_folder_of_pictures_is_captioned_but_for_the_broken_ones(trained, tmp_path):
+def test_a_folder_of_pictures_is_captioned_but_for_the_broken_ones(trained, tmp_path, serve):
     for name in ("a,b.png", "fine.jpg"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
@@ -3326,6 +3390,21 @@ def test_a_folder_of_pictures_is_captioned_but_for_the_broken_ones(trained, tmp_
         and "broken.jpg" in done.stderr
     )
     assert "a,b.png: " in done.stdout and "fine.jpg: " in done.stdout and "film" not in done.stdout
+    # an address that gives nothing does not keep the others from being captioned; brackets in a
+    # name that exists are part of it
+    (tmp_path / "e[1]").mkdir()
+    for name in ("e[1].jpg", "e1.jpg", "e[1]/x.jpg", "e[1]/y.jpg"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    names = [f"{tmp_path}/{name}" for name in ("e[1].jpg", "e[1]/x.jpg", "e[1]/y.jpg")]
+    url = serve(functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    done = subprocess.run(
+        [sys.executable, os.path.join(REPO, "train_caption.py"), "device=cpu",
+         "init_from=out/caption_whole",
+         "image=" + ",".join([f"{url}/nothing.jpg", f"{url}/fine.jpg", *names])],
+        cwd=trained, capture_output=True, text=True)
+    assert done.returncode == 2 and f"{url}/nothing.jpg: the server says 404" in done.stderr
+    captioned = [line.rsplit(": ", 1)[0] for line in done.stdout.splitlines()[:-1]]
+    assert captioned == [f"{url}/fine.jpg", *names]
     names = f"{tmp_path}/a,b.png,{tmp_path}/fine.jpg,http://h/a.png?w=1,h=2,{tmp_path}/fine.jpg"
     assert train_caption.split_names(names) == [
         f"{tmp_path}/a,b.png",
@@ -3412,7 +3491,7 @@ def test_all_variants_share_one_table(road, monkeypatch, capfd):
     monkeypatch.setattr(train_caption, "VARIANTS", two)
     words = f"{CAPTION_RUN} fusion=all out_dir=all max_steps=2 eval_interval=2"
     monkeypatch.setattr(sys, "argv", words.split())
-    train_caption.compare_variants("all", {}, "val2017")
+    train_caption.compare_variants("all", {})
     said = capfd.readouterr().out
     rows = json.load(open(road / "all/results.json"))
     assert [(row["fusion"], row["every"]) for row in rows] == two
@@ -3420,8 +3499,13 @@ def test_all_variants_share_one_table(road, monkeypatch, capfd):
         assert f"{row['trainable']:,}" in said and row["settings"]["max_steps"] == 2
     assert os.path.exists(road / "all/comparison.png")
     # what is finished is not trained again
-    train_caption.compare_variants("all", {}, "val2017")
+    train_caption.compare_variants("all", {})
     assert capfd.readouterr().out.count("is finished already") == 2
+    # scores of another split have no place in one table with these
+    monkeypatch.setattr(train_caption, "split", "test2017")
+    with pytest.raises(SystemExit):
+        train_caption.compare_variants("all", {})
+    assert "all/xattn2/results.json has split=val2017" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_
                         check_finite, curve, decode, distribute, finish, get_lr, load_checkpoint,
                         load_model, load_weights, local_main_process_first, make_optimizers,
                         optimizer_step, plot, print_step, pyplot, read_log, resume_optimizers,
-                        save_run, setup, start_wandb, stop_signals, wait_for_all, warn_changed)
+                        save_run, setup, signals_end_the_process, start_wandb, stop_signals,
+                        wait_for_all, warn_changed)
 from cider import cider_of_tokens, document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
                   open_image, splits_of, warn_overlap)
@@ -79,7 +80,7 @@ every = 1                   # >= 1: xattn: a gated block before every k-th block
 n_query = 32                # >= 1: qformer: number of learned queries
 dropout = 0.1               # >= 0, < 1: xattn, qformer: of the projected image features
 token_dropout = 0.0         # >= 0, < 1: share of the image tokens that a training step leaves out
-shuffle = False             # give each picture the features of another one, as a control
+shuffle = False             # shuffle the features among the pictures, as a control
 batch_size = 128            # >= 1: pictures a step over all processes, each with one random caption
 max_length = 40             # >= 1: tokens of the longest caption; longer ones are cut and counted
 optimizer = "adamw"         # one of adamw | muon: muon is for the matrices of the fusion module
@@ -114,12 +115,12 @@ PREFIX_RECIPE = dict(batch_size=256, learning_rate=1e-4, min_lr=5e-5, weight_dec
 # The demo on drawn scenes, where there is no COCO and data= is not typed.
 DEMO = dict(data="data/shapes", gpt="out/gpt2_shapes/ckpt.pt", encoder="tagger", batch_size=64,
             optimizer="muon", learning_rate=8e-3, min_lr=4e-4, warmup_steps=20, weight_decay=0.0,
-            beta2=0.95, dropout=0.0, max_steps=330, eval_interval=110, log_interval=20)
+            beta2=0.95, dropout=0.0, max_steps=250, eval_interval=125, log_interval=25)
 # What a run takes over from the one that it starts from, and what a resumed run takes over.
 INHERITED = ("data gpt encoder fusion every n_query dropout token_dropout shuffle batch_size "
              "max_length optimizer weight_decay beta2 ema").split()
-RESUMED = INHERITED + ("learning_rate min_lr warmup_steps max_steps grad_clip scst samples "
-                       "eval_interval log_interval single_reference seed").split()
+RESUMED = INHERITED + ("learning_rate min_lr warmup_steps max_steps grad_clip scst samples split "
+                       "eval_interval log_interval single_reference beam consensus seed").split()
 VARIANTS = [("xattn", 1), ("xattn", 2), ("xattn", 4), ("linear", 1), ("qformer", 1)]
 
 # --------------------------------------------------------------------------------------------------
@@ -594,7 +595,7 @@ def draw_results(model, metadata, evaluation, images, references, features, toke
                  process):
     """
     captions.png: pictures spread over the split; best_worst.png: the highest and lowest CIDEr;
-    attention.png, for xattn: three long captions of the better half.
+    attention.png, for xattn: greedy captions of three pictures, of the better half and long.
     """
     candidates, cider = evaluation.captions, evaluation.cider
     files = [os.path.join(data, split, entry["file_name"]) for entry in images]
@@ -645,15 +646,21 @@ def run_file(path, prefer="ckpt.pt"):
     return preferred if os.path.exists(preferred) else os.path.join(path, "ckpt.pt")
 
 
-def load_run(path):
-    """A checkpoint of this script, and the Captioner in it, frozen GPT included."""
-    checkpoint = load_checkpoint(path)
+def read_run(path, mmap=None):
+    """A checkpoint of this script."""
+    checkpoint = load_checkpoint(path, mmap)
     if "gpt_config" not in checkpoint:
         die(f"{path} is not a checkpoint of train_caption.py")
+    return checkpoint
+
+
+def load_run(path):
+    """A checkpoint of this script, and the Captioner in it, frozen GPT included."""
+    checkpoint = read_run(path)
     saved = checkpoint["settings"]
     gpt_model = GPT(GPTConfig(**checkpoint["gpt_config"]))
     model = Captioner(gpt_model, saved["fusion"], saved["every"], checkpoint["width"],
-                      saved["n_query"], saved["dropout"])
+                      saved["n_query"], dropout)
     load_weights(model, checkpoint["model"], path)
     return checkpoint, model
 
@@ -661,12 +668,16 @@ def load_run(path):
 ADDRESS = ("http://", "https://")
 
 
+def on_disk(name):
+    return os.path.exists(name) or glob.glob(name)
+
+
 def split_names(names):
     """The names in "a,b,c". A comma can also be part of a file's name or of an address."""
     found = []
     for part in names.split(","):
-        is_name = part.startswith(ADDRESS) or glob.glob(part)
-        if found and not is_name and not glob.glob(found[-1]):
+        is_name = part.startswith(ADDRESS) or on_disk(part)
+        if found and not is_name and not on_disk(found[-1]):
             found[-1] += "," + part
         else:
             found.append(part)
@@ -682,22 +693,29 @@ def read_pictures(names, problems):
     endings = tuple(end for end, kind in Image.registered_extensions().items()
                     if kind in Image.OPEN and end not in films_and_pages)
     for name in split_names(names):
-        files = sorted(glob.glob(name)) or [name]
+        # brackets in a name that exists are part of the name
+        files = [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
         if os.path.isdir(name):
             inside = sorted(glob.glob(os.path.join(glob.escape(name), "*")))  # no hidden files
             files = [file for file in inside
                      if file.lower().endswith(endings) and os.path.isfile(file)]
         for file in files:
-            with tempfile.TemporaryDirectory() as folder:
-                path = file
-                if file.startswith(ADDRESS):
-                    path = os.path.join(folder, re.sub(r"[^\w.]+", "_", file)[-100:])
-                    download(file, path, tries=3)
-                picture = open_image(path, otherwise=str)
+            if file.startswith(ADDRESS):
+                picture = fetch_picture(file)
+            else:
+                picture = open_image(file, otherwise=str)
             if isinstance(picture, str):
                 problems.append(picture)
             else:
                 yield file, picture
+
+
+def fetch_picture(url):
+    """The picture, or a string that says why there is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, re.sub(r"[^\w.]+", "_", url)[-100:])
+        problem = download(url, path, tries=3, otherwise=str)
+        return open_image(path, otherwise=str) if os.path.exists(path) else problem
 
 
 def caption_pictures(path, process):
@@ -774,7 +792,7 @@ def run_script(script, *words):
 def prepare_demo(config):
     """Runs the four stages that make what DEMO names, but for those that are done."""
     stages = [  # what it does, the last file that it writes, its command
-        ("draw scenes, with five captions each", "data/shapes/annotations/captions_val2017.json",
+        ("draw scenes, with five captions each", "data/shapes/annotations/captions_train2017.json",
          "coco.py data=data/shapes shapes=8000 encoder=none"),
         ("tokenize the captions", "data/shapes/tokens/edufineweb_train_000001.npy",
          "fineweb.py text=data/shapes/train_captions.txt data=data/shapes/tokens tokenizer=learn "
@@ -783,8 +801,8 @@ def prepare_demo(config):
          "out/gpt2_shapes/curves.png",
          "train_gpt2.py data=data/shapes/tokens out_dir=out/gpt2_shapes n_layer=4 n_head=4 "
          "n_embd=128 block_size=128 batch_size=16 total_batch_size=2048 optimizer=muon "
-         "learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=160 "
-         "eval_interval=80 eval_tokens=20000 log_interval=20 compile=False"),
+         "learning_rate=8e-3 min_lr=4e-4 warmup_steps=20 weight_decay=0.01 max_steps=140 "
+         "eval_interval=70 eval_tokens=20000 log_interval=20 compile=False"),
         ("train a small image encoder on the captions' words, and encode the scenes with it",
          f"data/shapes/features/{encoder}_val2017.npy",
          f"coco.py data=data/shapes encoder={encoder}"),
@@ -806,7 +824,7 @@ def prepare_demo(config):
     print(f"\n[5/5] train the fusion module\n\n$ python train_caption.py {typed}", flush=True)
 
 
-def compare_variants(folder, chosen, split):
+def compare_variants(folder, chosen):
     """
     Trains each variant by a command, and compares scores and curves. Finished variants are kept,
     interrupted ones resumed. chosen: settings that stand before what was typed.
@@ -823,6 +841,10 @@ def compare_variants(folder, chosen, split):
             run_script("train_caption.py", *words, f"fusion={fusion}", f"every={every}",
                        f"out_dir={run_dir}", *resume)
         result = read_json(f"{run_dir}/results.json")
+        for name, value in dict(split=split, beam=beam, consensus=consensus).items():
+            if result["settings"][name] != value:
+                die(f"{run_dir}/results.json has {name}={result['settings'][name]}: delete it, and "
+                    "the run is scored anew")
         rows.append(result)
         log = count_captions(read_log(f"{run_dir}/log.csv"), result["settings"]["batch_size"])
         for column in curves:
@@ -855,7 +877,7 @@ def preset(typed):
         return {}
     init_from = typed.get("init_from", "scratch")
     if init_from not in ("scratch", "resume"):
-        saved = load_checkpoint(run_file(init_from)).get("settings", {})
+        saved = read_run(run_file(init_from, "best.pt"), mmap=True)["settings"]
         return {k: v for k, v in saved.items() if k in INHERITED}
     chosen = dict(PREFIX_RECIPE) if typed.get("fusion") in ("linear", "qformer") else {}
     if "data" not in typed:
@@ -863,7 +885,7 @@ def preset(typed):
     if init_from == "resume":
         settings = dict(fusion=fusion, every=every, shuffle=shuffle, scst=scst) | chosen | typed
         path = run_file(typed.get("out_dir") or default_out_dir(settings))
-        saved = load_checkpoint(path).get("settings", {})
+        saved = read_run(path, mmap=True)["settings"]
         chosen |= {k: v for k, v in saved.items() if k in RESUMED}
     return chosen
 
@@ -912,8 +934,8 @@ def check_settings(process):
         die("scst=True goes on from a trained run: name it with init_from=out/...")
     if split == "train2017":
         die("split=train2017 is trained on, not held out: val2017 or test2017")
-    if fusion == "all" and process.world_size > 1:
-        die("fusion=all trains the variants one after the other: start it without torchrun")
+    if (fusion == "all" or image) and process.world_size > 1:
+        die("fusion=all and image= run as one process: start them without torchrun")
     if batch_size % process.world_size:
         die(f"batch_size={batch_size} must be a multiple of {process.world_size} processes")
 
@@ -924,11 +946,11 @@ def find_run():
         return out_dir
     if init_from not in ("scratch", "resume"):
         return init_from
-    runs = map(os.path.dirname, glob.glob("out/caption_*/**/ckpt.pt", recursive=True))
-    runs = [run for run in runs if "_shuffled" not in run]
-    if not runs:
-        die("image= needs a trained run: `python train_caption.py` trains one")
-    return max(runs, key=lambda run: os.path.getmtime(os.path.join(run, "ckpt.pt")))
+    paths = glob.glob("out/**/ckpt.pt", recursive=True)
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        if "_shuffled" not in path and "gpt_config" in load_checkpoint(path, mmap=True):
+            return os.path.dirname(path)
+    die("image= needs a trained run: `python train_caption.py` trains one")
 
 
 def keep_other_runs():
@@ -971,7 +993,7 @@ def load_model_to_train(width, metadata, process):
     else:
         path = run_file(init_from, "best.pt")
     checkpoint, model = load_run(path)
-    now = dict(fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=width,
+    now = dict(gpt=gpt, fusion=fusion, every=every, n_query=n_query, encoder=encoder, width=width,
                weights=metadata.get("weights"))
     saved = checkpoint["settings"] | {k: checkpoint[k] for k in ("width", "weights")}
     other = [f"{k}={saved[k]}" for k in now if saved[k] != now[k]]
@@ -1129,9 +1151,10 @@ def write_results(results, evaluation, model, held_out, metadata, rows):
     images, references, *_ = held_out
     save_json(os.path.join(out_dir, "results.json"), results, indent=1)
     save_captions(os.path.join(out_dir, f"captions_{split}.json"), images, evaluation.captions)
-    draw_curves(rows, list(model.gated))
-    draw_results(model, metadata, evaluation, *held_out)
     print_results(results, evaluation.captions, references)
+    if not eval_only:
+        draw_curves(rows, list(model.gated))
+    draw_results(model, metadata, evaluation, *held_out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1157,7 +1180,7 @@ if __name__ == "__main__":
         prepare_demo(config)
     wait_for_all(process)
     if fusion == "all":
-        compare_variants(out_dir, DEMO if is_demo else {}, split)
+        compare_variants(out_dir, DEMO if is_demo else {})
         print(f"{time.time() - t_start:.0f} s in all")
         sys.exit(0)
     keep_other_runs()
@@ -1189,9 +1212,9 @@ if __name__ == "__main__":
             resume_optimizers(optimizers, checkpoint, out_dir)
         if rank == 0:
             warn_changed(config, checkpoint, " ".join(RESUMED) + " dtype")
+    last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
     average = None
-    if ema and not eval_only:
-        last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
+    if (ema or last_weights) and not eval_only:
         average = MovingAverage(raw_model, ema, last_weights)
     # `model` trains; raw_model, with the same weights, evaluates and is saved
     model = distribute(raw_model.compiled() if compile else raw_model, process)
@@ -1275,6 +1298,7 @@ if __name__ == "__main__":
         finish(process)
 
     # ---- results, of the best checkpoint
+    signals_end_the_process()
     if rank == 0 and not eval_only:
         log.add(**row)
     wait_for_all(process)  # rank 0 has written the checkpoint

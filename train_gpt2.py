@@ -948,11 +948,11 @@ def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95))
 
 
 def resume_optimizers(optimizers, checkpoint, path):
-    """Loads the optimizers' averages. The weight decay asked for stays."""
+    """Loads the optimizers' averages. The weight decay and the betas asked for stay."""
     try:
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             for group, saved in zip(optimizer.param_groups, state["param_groups"]):
-                saved["weight_decay"] = group["weight_decay"]
+                saved |= {k: group[k] for k in ("weight_decay", "betas") if k in group}
             optimizer.load_state_dict(state)
     except (ValueError, KeyError):
         die(f"{path} is of other optimizers: resume with "
@@ -1009,12 +1009,18 @@ def stop_signals():
 
     def ask(number, frame):
         asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signals_end_the_process()
         print("\nstopping after this step", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
     return asked
+
+
+def signals_end_the_process():
+    """As they do by default: all steps are done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def save_checkpoint(path, checkpoint):
