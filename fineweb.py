@@ -104,7 +104,7 @@ def read_settings(source):
 def parse_value(text, kind):
     """The text as a value of this type; None if it is none."""
     if kind is str:
-        return ",".join(os.path.expanduser(part) for part in text.split(","))
+        return text
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower())
     with suppress(ValueError):
@@ -133,6 +133,8 @@ def parse_setting(name, text, setting):
     for sign, bound in re.findall(r"([<>]=?) ([\d.e-]+)", rule):
         if not compare[sign](value, float(bound)):
             die(f"{name}={text}: {name} must be {rule}")
+    if kind is str and name not in ("prompt", "prompt_text"):
+        value = ",".join(os.path.expanduser(part) for part in value.split(","))
     if name in ("data", "out_dir", "export"):
         for path in value.split(","):
             if os.path.lexists(path) and not os.path.isdir(path):
@@ -261,7 +263,10 @@ LOCKS = {}  # {folder: open file}: a lock lasts until its process ends, however 
 
 def lock_folder(folder):
     """Makes the folder, and this process its only writer. Ends the run if there is another."""
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as problem:
+        die(f"the folder {folder} could not be made ({problem})")
     folder = os.path.realpath(folder)
     try:
         import fcntl
@@ -441,9 +446,12 @@ def learn_bpe(documents, vocab_size):
         (a, b), _ = max(pairs.items(), key=lambda item: (item[1], item[0]))
         tokens.append(a + b)
         for parts in words.values():
-            for i in range(len(parts) - 2, -1, -1):
-                if parts[i:i + 2] == [a, b]:
+            i = 0
+            # from the left, as tokenizers do: of "---", the first two are merged
+            while i < len(parts) - 1:
+                if parts[i] == a and parts[i + 1] == b:
                     parts[i:i + 2] = [a + b]
+                i += 1
     return tokenizer_text({token: rank for rank, token in enumerate(tokens)})
 
 
@@ -480,12 +488,21 @@ def vocab_and_merges(encoding):
 
 
 def read_vocab(folder):
-    """The tokenizer of a folder with these two files, as `tokenizer_text` gives it."""
+    """
+    The tokenizer of a folder with these two files, or with the tokenizer.json of newer versions of
+    transformers, as `tokenizer_text` gives it.
+    """
     bytes_of = {letter: b for b, letter in bytes_to_unicode().items()}
     with reading(folder, "a folder with a vocabulary of GPT-2's kind"):
-        vocab = read_json(os.path.join(folder, "vocab.json"))
-        lines = read_lines(os.path.join(folder, "merges.txt"))
-        merged = [pair.replace(" ", "") for _, pair in lines][1:]  # without "#version: 0.2"
+        if os.path.exists(os.path.join(folder, "vocab.json")):
+            vocab = read_json(os.path.join(folder, "vocab.json"))
+            lines = read_lines(os.path.join(folder, "merges.txt"))
+            merged = [pair.replace(" ", "") for _, pair in lines][1:]  # without "#version: 0.2"
+        else:
+            bpe = read_json(os.path.join(folder, "tokenizer.json"))["model"]
+            vocab = bpe["vocab"]
+            # a pair is a list, or, in older files, a text with a space
+            merged = ["".join(pair).replace(" ", "") for pair in bpe["merges"]]
         tokens = sorted(vocab, key=vocab.get)
         if tokens[256:] != merged + [EOT] or sorted(vocab.values()) != list(range(len(tokens))):
             raise ValueError(f"ids are not of 256 bytes, then merges.txt, then {EOT}")

@@ -130,7 +130,7 @@ RATES = dict(hard=(0, 0), soft=(1e-2, 0.3), attention=(0.03, 3e-3), lora=(2e-4, 
 ADAPTER = ("paligemma tokenizer siglip gemma prompt prompt_text n_soft soft_position prefix_order "
            "trainable lora_rank stack max_length").split()
 RESUMED = ADAPTER + ("data batch_size optimizer learning_rate min_lr warmup_steps max_steps "
-                     "grad_clip eval_interval seed").split()
+                     "grad_clip eval_interval seed dtype beam gradient_checkpointing").split()
 
 # --------------------------------------------------------------------------------------------------
 # The model, under Hugging Face's parameter names. B pictures; N image tokens, P tokens of the
@@ -416,6 +416,9 @@ def open_model(name, siglip=None):
 
 def locate(name):
     """-> the path of a checkpoint. One that is named as on the hub is downloaded."""
+    # a model that was trained whole here
+    if os.path.exists(os.path.join(name, "adapter.safetensors")):
+        return os.path.join(name, "adapter.safetensors")
     if os.path.exists(name):
         return name
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
@@ -814,11 +817,15 @@ def learn_tokenizer(path, data):
     for folder in data.split(","):
         for of_image in load_captions(folder, "train2017")[1]:
             captions += of_image
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_prefix=path.removesuffix(".model"),
-        model_type="bpe", vocab_size=SMALL["vocab_size"], byte_fallback=True,
-        user_defined_symbols=["\n"], add_dummy_prefix=False, remove_extra_whitespaces=False,
-        normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2)
+    n = SMALL["vocab_size"]
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(captions), model_prefix=path.removesuffix(".model"),
+            model_type="bpe", vocab_size=n, byte_fallback=True, user_defined_symbols=["\n"],
+            add_dummy_prefix=False, remove_extra_whitespaces=False, minloglevel=2,
+            normalization_rule_name="identity", pad_id=0, eos_id=1, bos_id=2, unk_id=3)
+    except RuntimeError as problem:  # too little text, or too many different characters
+        die(f"the captions of data={data} give no vocabulary of {n} tokens ({problem})")
 
 
 class Tokenizer:
@@ -928,7 +935,10 @@ def prepare_demo(seed, max_steps):
     for world, shares in WORLDS.items():
         if "train2017" not in splits_of(f"data/{world}"):
             draw_shapes(f"data/{world}", 3000, seed, 1, drawn_world(*shares))
-    if os.path.exists("out/prompt_small/results.json"):
+    results = "out/prompt_small/results.json"
+    if os.path.exists(results):
+        if read_json(results)["step"] != 5 * max_steps:
+            die(f"out/prompt_small has not {5 * max_steps} steps, as max_steps= wants: delete it")
         return
     words = [*DEMO_PRETRAINING, f"max_steps={5 * max_steps}"]
     if os.path.exists("out/prompt_small/ckpt.pt"):
@@ -1001,6 +1011,8 @@ def compare_methods(config, folder):
         else:
             if os.path.exists(f"{run_dir}/ckpt.pt"):
                 settings["init_from"] = "resume"
+            elif settings["init_from"] == "resume":
+                settings["init_from"] = "scratch"
             words = [f"{k}={v}" for k, v in settings.items() if v is not None]
             run_script("paligemma_prompt.py", *words)
         rows.append(read_json(results) | dict(way=method, log=f"{run_dir}/log.csv"))
@@ -1038,14 +1050,18 @@ def preset(typed):
     """The settings of the adapter or of the run that this one starts from, or the demo's."""
     init_from = typed.get("init_from", "scratch")
     named = typed.get("paligemma") or typed.get("stack")
-    checkpoint_path = os.path.join(typed.get("out_dir") or "", "ckpt.pt")
-    if init_from == "scratch" and typed.get("image") and not named:
+    checkpoint_path = os.path.join(typed.get("out_dir", ""), "ckpt.pt")
+    resumes = init_from == "resume" and typed.get("out_dir") and os.path.exists(checkpoint_path)
+    if init_from in ("scratch", "resume") and typed.get("image") and not named and not resumes:
         init_from = newest_adapter()
-    if init_from not in ("scratch", "resume"):
-        init_from = adapter_file(init_from)
-        saved = load_adapter(init_from)[1]
-    elif init_from == "resume" and typed.get("out_dir") and os.path.exists(checkpoint_path):
+    if resumes:
         saved = load_checkpoint(checkpoint_path)["settings"]
+    elif init_from not in ("scratch", "resume"):
+        init_from = adapter_file(init_from)
+        tensors, saved = load_adapter(init_from)
+        # a model that was trained whole: this one, even if it was copied from elsewhere
+        if "model.language_model.embed_tokens.weight" in tensors:
+            saved["paligemma"] = init_from
     else:
         return {} if named else DEMO
     # runs of former versions
@@ -1145,7 +1161,8 @@ def choose_rates(config, kind, is_small):
     rate = RATES[kind][is_small]
     attention_only = kind == "attention" and not is_small
     optimizer = config["optimizer"] or ("sgd" if attention_only else "adamw")
-    beside_matrices = config["prompt"] == "soft" and config["trainable"] != "none"
+    trains_matrices = config["trainable"] != "none" or config["stack"]
+    beside_matrices = config["prompt"] == "soft" and trains_matrices
     soft_scale = RATES["soft"][is_small] / rate if beside_matrices else 1.0
     return optimizer, config["learning_rate"] or rate, soft_scale
 
@@ -1247,7 +1264,8 @@ if __name__ == "__main__":
     out_dir = config["out_dir"] = out_dir or default_out_dir(config, kind)
     checkpoint_path = os.path.join(out_dir, "ckpt.pt")
     if not image:
-        if os.path.exists(checkpoint_path) and init_from != "resume":
+        files = checkpoint_path, os.path.join(out_dir, "adapter.safetensors")
+        if any(map(os.path.exists, files)) and init_from != "resume":
             die(f"{out_dir} holds a run: go on with init_from=resume, or name another out_dir=")
         print_settings(config)
         lock_folder(out_dir)

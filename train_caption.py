@@ -59,8 +59,8 @@ from train_gpt2 import (GPT, GPTConfig, KVCache, Log, MLP, all_reduce_sum, beam_
                         check_finite, curve, decode, distribute, finish, get_lr, load_checkpoint,
                         load_model, load_weights, local_main_process_first, make_optimizers,
                         optimizer_step, plot, print_step, pyplot, read_log, resume_optimizers,
-                        save_run, setup, signals_end_the_process, start_wandb, stop_signals,
-                        wait_for_all, warn_changed)
+                        run_file, save_run, setup, signals_end_the_process, start_wandb,
+                        stop_signals, wait_for_all, warn_changed)
 from cider import cider_of_tokens, document_frequencies, evaluate as score, tokenize
 from coco import (encode, fingerprint, fraction_right, load_captions, load_encoder, load_features,
                   open_image, splits_of, warn_overlap)
@@ -638,14 +638,6 @@ def draw_results(model, metadata, evaluation, images, references, features, toke
 # a trained run: to go on from, and to caption pictures of your own
 
 
-def run_file(path, prefer="ckpt.pt"):
-    """The checkpoint that `path` names: a file, or the one in a run's folder."""
-    if not os.path.isdir(path):
-        return path
-    preferred = os.path.join(path, prefer)
-    return preferred if os.path.exists(preferred) else os.path.join(path, "ckpt.pt")
-
-
 def read_run(path, mmap=None):
     """A checkpoint of this script."""
     checkpoint = load_checkpoint(path, mmap)
@@ -923,6 +915,13 @@ class MovingAverage:
             p.data, self.swapped_out[i] = self.swapped_out[i], p.data
 
 
+def start_average(model, checkpoint):
+    """A MovingAverage, or None. A resumed run that had one holds the average in its model."""
+    last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
+    if (ema or last_weights) and not eval_only:
+        return MovingAverage(model, ema, last_weights)
+
+
 def check_settings(process):
     if num > 1 and consensus:
         die("consensus= gives one caption of each picture: leave num= or consensus= out")
@@ -954,7 +953,7 @@ def find_run():
 
 
 def keep_other_runs():
-    if os.path.exists(os.path.join(out_dir, "ckpt.pt")) and init_from != "resume":
+    if os.path.exists(run_file(out_dir)) and init_from != "resume":
         die(f"{out_dir} holds a run, which this would overwrite: go on with init_from=resume, or "
             "name another out_dir=")
 
@@ -1208,14 +1207,13 @@ if __name__ == "__main__":
     step, best = 0, -1.0
     if init_from == "resume":
         step, best = checkpoint["step"], checkpoint.get("best", -1.0)
+        if checkpoint["settings"]["split"] != split:
+            best = -1.0  # of other pictures
         if not eval_only:
             resume_optimizers(optimizers, checkpoint, out_dir)
         if rank == 0:
             warn_changed(config, checkpoint, " ".join(RESUMED) + " dtype")
-    last_weights = checkpoint.get("last_weights") if init_from == "resume" else None
-    average = None
-    if (ema or last_weights) and not eval_only:
-        average = MovingAverage(raw_model, ema, last_weights)
+    average = start_average(raw_model, checkpoint)
     # `model` trains; raw_model, with the same weights, evaluates and is saved
     model = distribute(raw_model.compiled() if compile else raw_model, process)
 

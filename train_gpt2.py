@@ -95,6 +95,7 @@ RENAMED = {"exam": "hellaswag_questions", "exam_file": "hellaswag_file"}
 # value of CURVE_SETTINGS changes the training, and is printed.
 CURVE_SETTINGS = ("data block_size total_batch_size optimizer learning_rate min_lr warmup_steps "
                   "max_steps schedule weight_decay grad_clip seed dtype")
+VALIDATION_SETTINGS = ("data", "block_size", "eval_tokens")
 SIZES = ("n_layer", "n_head", "n_embd")
 OTHER_SETTINGS = "batch_size eval_interval eval_tokens hellaswag_questions hellaswag_file"
 
@@ -536,7 +537,7 @@ def read_hugging_face(name):
             key = "transformer." + key
             state[key] = w.t() if is_conv1d(key, w) else w
     tokenizer = "gpt2"
-    if os.path.exists(os.path.join(folder, "vocab.json")):
+    if {"vocab.json", "tokenizer.json"}.intersection(os.listdir(folder or ".")):
         tokenizer = read_vocab(folder)
     return config, state, tokenizer
 
@@ -921,8 +922,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, name, learning_rate, weight_decay, betas=(0.9, 0.95)):
     """
-    "adamw": AdamW for all trainable parameters. "muon": Muon for the matrices inside blocks, AdamW
-    for the rest. Matrices decay; biases, norms and gates do not.
+    "adamw": AdamW for all trainable parameters. "muon": Muon for matrices, but not for a GPT's
+    embeddings, AdamW for the rest. Matrices decay; biases, norms and gates do not.
     """
     for_muon, decayed, not_decayed = [], [], []
     for key, p in model.named_parameters():
@@ -978,7 +979,7 @@ def optimizer_step(model, optimizers, lr, grad_clip, step):
 
 def check_finite(step, value, what):
     if not math.isfinite(value):
-        die(f"step {step}: {what} is {value}. The checkpoint on disk is the last good one: lower "
+        die(f"step {step}: {what} is {value}. Checkpoints on disk are still good: lower "
             "learning_rate=, or look for broken data")
 
 
@@ -1060,6 +1061,14 @@ class BackgroundWriter:
     def wait(self):
         if self.saving:
             self.saving.result()
+
+
+def run_file(path, prefer="ckpt.pt"):
+    """The checkpoint that `path` names: a .pt file, or one in a run's folder."""
+    if path.endswith(".pt"):
+        return path
+    files = [os.path.join(path, name) for name in (prefer, "ckpt.pt", "best.pt")]
+    return next(filter(os.path.exists, files), files[0])
 
 
 def load_checkpoint(path, mmap=None):
@@ -1386,7 +1395,7 @@ def print_step(row, max_steps, seconds_per_step, speed=""):
 
 def starting_point(init_from, out_dir, training, rank):
     """What to load: "scratch", or a name for load_model. A run is never trained over."""
-    path = os.path.join(out_dir, "ckpt.pt")
+    path = run_file(out_dir)
     has_run = os.path.exists(path)
     if init_from != "resume":
         if training and has_run:
@@ -1407,7 +1416,7 @@ def preset(typed):
     settings = {}
     if typed.get("prompt") or typed.get("export") or typed.get("eval_only"):
         settings["init_from"] = "resume"
-    path = os.path.join(typed.get("out_dir", out_dir), "ckpt.pt")
+    path = run_file(typed.get("out_dir", out_dir))
     if (settings | typed).get("init_from") == "resume" and os.path.exists(path):
         checkpoint = load_checkpoint(path, mmap=True)
         was, sizes = checkpoint.get("settings", {}), checkpoint.get("model_config", {})
@@ -1489,6 +1498,8 @@ if __name__ == "__main__":
     if init_from == "resume" and checkpoint:
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
+        if any(config[k] != checkpoint["settings"][k] for k in VALIDATION_SETTINGS):
+            best = math.inf  # of other text
         if rank == 0:
             warn_changed(config, checkpoint, CURVE_SETTINGS)
     first_step = step
