@@ -705,6 +705,28 @@ def test_transformers_reads_our_tokenizer_files(learned, tmp_path):
         assert theirs.encode(text) == tokenizer.encode(text, allowed_special="all")
 
 
+def test_learned_pairs_are_merged_from_the_left(tmp_path):
+    """A tokenizer merges the first two of "---". If learning merged the last two, some tokens of
+    longer words could never be produced, and merges.txt would name parts that are no tokens."""
+    text = fineweb.learn_bpe(["loool looo |---|--- ----- |-- a---b aaaa aaaab"] * 9, 330)
+    vocab, merges = fineweb.vocab_and_merges(fineweb.get_tokenizer(text))
+    vocab = json.loads(vocab)
+    for pair in merges.decode().splitlines()[1:]:
+        assert all(part in vocab for part in pair.split(" ")), pair
+
+
+@pytest.mark.parametrize("pairs_are_lists", [True, False])
+def test_newer_folders_with_one_tokenizer_file_are_read(learned, tmp_path, pairs_are_lists):
+    tokenizer, tiktoken_text = learned
+    vocab, merges = fineweb.vocab_and_merges(tokenizer)
+    pairs = merges.decode().splitlines()[1:]
+    if pairs_are_lists:
+        pairs = [pair.split(" ") for pair in pairs]
+    content = dict(model=dict(type="BPE", vocab=json.loads(vocab), merges=pairs))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert fineweb.read_vocab(str(tmp_path)) == tiktoken_text
+
+
 def test_a_folders_own_vocabulary_is_read(learned, tmp_path, capsys):
     tokenizer, tiktoken_text = learned
     vocab, merges = fineweb.vocab_and_merges(tokenizer)
@@ -1448,11 +1470,7 @@ def test_weights_in_several_files_are_read(tiny_gpt2_folder, tmp_path):
     assert all(torch.equal(w, parts[key]) for key, w in whole.items())
 
 
-def test_a_folders_own_vocabulary_is_used(road, tmp_path, monkeypatch):
-    # Stands for fineweb.read_vocab: the vocabulary of the exported folder is that of the shards.
-    if not hasattr(fineweb, "read_vocab"):
-        text = (road / "tokens/tokenizer.tiktoken").read_text()
-        monkeypatch.setattr(fineweb, "read_vocab", lambda folder: text, raising=False)
+def test_a_folders_own_vocabulary_is_used(road, tmp_path):
     folder = tmp_path / "model"
     run_here(f"train_gpt2.py out_dir=gpt device=cpu export={folder}", road)
     encoding = fineweb.get_tokenizer(str(road / "tokens/tokenizer.tiktoken"))
@@ -1488,6 +1506,34 @@ def test_a_temperature_near_zero_is_greedy():
     gpt, start = small_gpt(), torch.zeros(3, 2, dtype=torch.long)
     likeliest = gpt.generate(start, 5, temperature=0)
     assert torch.equal(gpt.generate(start, 5, temperature=1e-45, top_k=50), likeliest)
+
+
+def test_a_run_of_which_only_the_best_checkpoint_is_left(road):
+    """It is not trained over, and resuming goes on from it."""
+    shutil.copytree(road / "gpt", road / "best_only")
+    os.remove(road / "best_only/ckpt.pt")
+    assert "holds a run" in run(f"{GPT_RUN} out_dir=best_only", road, ok=False)
+    step = train_gpt2.load_checkpoint(str(road / "best_only/best.pt"))["step"]
+    run_here(f"{GPT_RUN} out_dir=best_only init_from=resume max_steps={step + 1}", road)
+    assert train_gpt2.load_checkpoint(str(road / "best_only/ckpt.pt"))["step"] == step + 1
+
+
+def test_the_best_loss_counts_anew_on_other_validation_text(road):
+    shutil.copytree(road / "gpt", road / "other_text")
+    shutil.copytree(road / "tokens", road / "tokens_b")
+    path = road / "tokens_b/edufineweb_val_000000.npy"
+    # random tokens: harder to predict
+    np.save(path, np.random.default_rng(0).integers(0, 250, len(np.load(path)), np.uint16))
+    run_here(f"{GPT_RUN} data=tokens_b out_dir=other_text init_from=resume max_steps=9", road)
+    best = train_gpt2.load_checkpoint(str(road / "other_text/best.pt"))
+    assert best["step"] in (8, 9) and best["best"] > 1.1 * min(
+        log_column(road / "gpt/log.csv", "val_loss"))
+
+
+def test_a_tilde_in_a_prompt_is_text(monkeypatch):
+    setting = fineweb.Setting("", str, "")
+    assert fineweb.parse_setting("prompt", "~,x", setting) == "~,x"
+    assert fineweb.parse_setting("data", "~,x", setting) == f"{os.path.expanduser('~')},x"
 
 
 def test_ids_beyond_the_tokenizer_are_never_sampled():
@@ -3992,6 +4038,55 @@ def test_a_soft_prompt_beside_lora_has_its_own_rate(reference):
     assert all(m == pytest.approx(1e-3, rel=1e-3) for k, m in moved.items() if k != "soft")
 
 
+def test_a_copied_whole_model_is_read_from_where_it_is(prompted, monkeypatch, tmp_path):
+    """An adapter names its model by its path; a whole model is its own, wherever it was copied."""
+    shutil.copytree(prompted / "base", tmp_path / "copy")
+    shutil.copytree(prompted / "aerial", tmp_path / "aerial")
+    path = str(tmp_path / "copy/adapter.safetensors")
+    tensors, settings = paligemma_prompt.load_adapter(path)
+    for key in tensors:
+        if "q_proj.weight" in key:
+            tensors[key] = -tensors[key]
+    with paligemma_prompt.safetensors.safe_open(path, "pt") as f:
+        metadata = f.metadata()
+    paligemma_prompt.safetensors.torch.save_file(tensors, path, metadata)
+    results = []
+    for words in ("init_from=copy", "paligemma=copy"):  # the folder, as either
+        out_dir = f"eval{len(results)}"
+        inside(f"{words} data=aerial eval_only=True device=cpu batch_size=8 out_dir={out_dir}",
+               tmp_path, monkeypatch)
+        results.append(json.load(open(tmp_path / out_dir / "results.json"))["perplexity"])
+    before = json.load(open(prompted / "base/results.json"))["perplexity"]
+    assert results[0] == results[1] and abs(results[0] - before) > 1e-3
+
+
+def test_a_resumed_prompt_keeps_its_beams_and_its_precision(prompted, monkeypatch):
+    words = "paligemma=base/adapter.safetensors data=aerial prompt=soft batch_size=8 device=cpu"
+    inside(f"{words} out_dir=narrow max_steps=1 beam=2 dtype=bfloat16", prompted, monkeypatch)
+    inside("out_dir=narrow init_from=resume max_steps=2 device=cpu", prompted, monkeypatch)
+    settings = json.load(open(prompted / "narrow/results.json"))["settings"]
+    assert settings["beam"] == 2 and settings["dtype"] == "bfloat16"
+
+
+def test_a_soft_prompt_beside_a_projector_learns_at_its_own_rate():
+    config = dict(optimizer=None, learning_rate=None, prompt="soft", trainable="none", stack=True)
+    _, rate, scale = paligemma_prompt.choose_rates(config, "stack", is_small=False)
+    assert rate * scale == pytest.approx(paligemma_prompt.RATES["soft"][0])
+    config["stack"] = False
+    assert paligemma_prompt.choose_rates(config, "soft", is_small=False)[1:] == (1e-2, 1.0)
+
+
+def test_the_demo_does_not_build_on_the_model_of_a_shorter_trial(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paligemma_prompt, "draw_shapes", lambda *args: None)
+    os.makedirs("out/prompt_small")
+    fineweb.save_json("out/prompt_small/results.json", dict(step=20))
+    paligemma_prompt.prepare_demo(1337, 4)
+    with pytest.raises(SystemExit):
+        paligemma_prompt.prepare_demo(1337, 100)
+    assert "delete it" in capsys.readouterr().err
+
+
 def test_a_model_that_was_trained_whole_with_a_soft_prompt_loads_again(prompted, monkeypatch):
     command = "batch_size=8 max_steps=2 eval_interval=2 device=cpu"
     inside(
@@ -4504,6 +4599,11 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         inside(command + "2", prompted, monkeypatch)
     assert "other settings (max_steps)" in capsys.readouterr().err
+    # resumed before its first method, which has no checkpoint, was finished
+    os.remove(prompted / "all/hard_zero_shot/results.json")
+    with suppress(SystemExit):
+        inside(command + "1 init_from=resume", prompted, monkeypatch)
+    assert capsys.readouterr().out.count("is finished already") == len(rows) - 1
 
 
 @pytest.mark.parametrize(
@@ -4540,6 +4640,8 @@ def test_ways_are_compared_in_one_table(prompted, monkeypatch, capsys):
         ("paligemma=base/adapter.safetensors data=aerial words=en", "now called prompt_text="),
         ("paligemma=base/adapter.safetensors data=aerial prompt_text=<image>en", "the words only"),
         ("paligemma=base/adapter.safetensors data=aerial out_dir=soft", "holds a run"),
+        ("paligemma=base/adapter.safetensors data=aerial out_dir=adapter_only", "holds a run"),
+        ("paligemma=small trainable=all data=tiny", "give no vocabulary of 480 tokens"),
         ("paligemma=base/adapter.safetensors data=aerial grad_clip=-1", "must be >= 0"),
         (
             "paligemma=base/adapter.safetensors data=flat prompt=soft",
@@ -4582,6 +4684,9 @@ def test_bad_input_to_paligemma_ends_with_one_line(prompted, command, hint, monk
             )
         for folder in ("silent", "flat"):
             shutil.copytree(prompted / "aerial", prompted / folder)
+        coco.draw_shapes(str(prompted / "tiny"), 2, 0)
+        (prompted / "adapter_only").mkdir()
+        shutil.copy(prompted / "soft/adapter.safetensors", prompted / "adapter_only")
         path = prompted / "silent/annotations/captions_train2017.json"
         path.write_text(path.read_text().replace('"caption": "', '"caption": " ", "was": "', 1))
         (prompted / "flat/val2017/000001.jpg").write_bytes(
