@@ -1266,6 +1266,8 @@ def test_a_stopped_run_goes_on_exactly(road, how):
     for column in ("loss", "val_loss"):
         assert log_column(log, column) == log_column(road / "never_stopped/log.csv", column)
     assert len(log_column(log, "loss")) == 40
+    samples = (road / f"{folder}/samples.txt" for folder in ("never_stopped", log.parent.name))
+    assert len({path.read_text() for path in samples}) == 1
 
 
 def test_resuming_names_what_changed_and_starts_at_0_where_nothing_is_saved(road):

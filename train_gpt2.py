@@ -1253,8 +1253,13 @@ def write_samples(folder, step, model, encoding, **sampling):
     # a learned vocabulary may have no words for GPT-2's opening
     opening = "Hello, I'm a language model," if encoding.name == "gpt2" else ""
     texts = continue_text(model, encoding, opening, 4, 32, **sampling)
-    path = os.path.join(folder, "samples.txt")
-    with open(path, "a" if step else "w", encoding="utf-8", errors="replace") as f:
+    path, before = os.path.join(folder, "samples.txt"), ""
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            # a resumed run may have written the samples of this step before
+            before = f.read().split(f"step {step} > ")[0]
+    with open(path, "w", encoding="utf-8", errors="replace") as f:
+        f.write(before)
         f.writelines(f"step {step} > {text}\n" for text in texts)
 
 
