@@ -502,11 +502,11 @@ WORDS = [  # what begins with a letter or a digit
     # st.
     rf"(?=[A-Za-z]{{2,7}}\.)(?:(?i:{'|'.join(ABBREVIATED.split())})|{STATES})\.",
     # J. Crew; but "vitamin C. The dog" and "vitamin C. <b>" end a sentence
-    rf"[A-Za-z]\.(?!\s+(?:(?:{OPENERS})\s|{TAG}))",
+    rf"[A-Za-z]\.(?!\s+(?:{OPENERS}|{TAG})\s)",
     # words on a list of the Java program
     rf"(?i:s&ls|s&p-500|c\+\+|c#|cap{Q}n|c{Q}est|(?:pro|anti)-(?!{W}))",
     # and the rest of that list
-    r"(?i:cont'd\.|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l|o`clock)",
+    r"(?i:cont'd\.|nor'easter|c'mon|e'er|s'mores|ev'ry|li'l|nat'l)",
     # AT&T, US$, 12:30
     rf"[A-Z]+(?:[+&][A-Z]+)+{DOT}|[A-Z]+\$|\d+(?:[.:,٫٬]\d+)+",
     # d'oeuvres

@@ -911,7 +911,7 @@ def load_encoder(name, pretrained=None, tagger=None, turned=False):
         encoder = Patches()
     elif name == "tagger":
         encoder = Tagger()
-        load_weights(encoder, tagger, "the tagger")
+        load_weights(encoder, tagger, "features/tagger.pt")
     elif name.startswith("timm/"):
         encoder = Timm(name.removeprefix("timm/"), pretrained)
     else:

@@ -414,13 +414,16 @@ def open_model(name, siglip=None):
     return c, shapes, stream
 
 
+def adapter_in(name):
+    """`name`, or, if it is the folder of a run of this script, the adapter there."""
+    path = os.path.join(name, "adapter.safetensors")
+    return path if os.path.exists(path) else name
+
+
 def locate(name):
     """-> the path of a checkpoint. One that is named as on the hub is downloaded."""
-    # a model that was trained whole here
-    if os.path.exists(os.path.join(name, "adapter.safetensors")):
-        return os.path.join(name, "adapter.safetensors")
     if os.path.exists(name):
-        return name
+        return adapter_in(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", name):
         die(f"{name}: no such file or folder, and not a name on the hub (owner/model)")
     folder = os.path.join("pretrained", name.replace("/", "_"))
@@ -1030,10 +1033,8 @@ def compare_methods(config, folder):
 
 
 def adapter_file(init_from):
-    path = init_from
-    if not path.endswith(".safetensors"):
-        path = os.path.join(init_from, "adapter.safetensors")
-    if not os.path.exists(path):
+    path = adapter_in(init_from)
+    if not os.path.isfile(path):
         die(f"init_from={init_from}: scratch, resume, or an adapter.safetensors or its folder")
     return path
 
@@ -1052,7 +1053,9 @@ def preset(typed):
     named = typed.get("paligemma") or typed.get("stack")
     checkpoint_path = os.path.join(typed.get("out_dir", ""), "ckpt.pt")
     resumes = init_from == "resume" and typed.get("out_dir") and os.path.exists(checkpoint_path)
-    if init_from in ("scratch", "resume") and typed.get("image") and not named and not resumes:
+    if init_from == "resume" and typed.get("image") and not resumes:
+        die("image= with init_from=resume needs the out_dir= of a run")
+    if init_from == "scratch" and typed.get("image") and not named:
         init_from = newest_adapter()
     if resumes:
         saved = load_checkpoint(checkpoint_path)["settings"]
@@ -1170,7 +1173,7 @@ def choose_rates(config, kind, is_small):
 def restore(trained, saved, path, source=None):
     """Copies the saved tensors of the file `path`. source: the file of the frozen model."""
     # a model that was trained whole is its own adapter: all but a soft prompt is loaded already
-    if source and os.path.abspath(path) == os.path.abspath(source):
+    if source and os.path.abspath(path) == os.path.abspath(adapter_in(source)):
         saved = {key: tensor for key, tensor in saved.items() if key in trained}
     if not saved or not trained:
         return
@@ -1215,10 +1218,10 @@ def save(config, trained, optimizers, step, tokenizer, c):
                      final_logit_softcapping=c.final_softcap)
     sizes = dict(text_config=text, vision_config=dict(num_attention_heads=c.v_head))
     metadata = dict(settings=json.dumps(settings), config=json.dumps(sizes))
-    save_atomically(path, lambda f: f.write(safetensors.torch.save(tensors, metadata)))
     save_checkpoint(os.path.join(out_dir, "ckpt.pt"), dict(
         trained=tensors, optimizers=[opt.state_dict() for opt in optimizers], step=step,
         settings=config))
+    save_atomically(path, lambda f: f.write(safetensors.torch.save(tensors, metadata)))
 
 
 def show_results(out_dir, results, captions, references, files, rows):
@@ -1251,7 +1254,7 @@ if __name__ == "__main__":
     # ---- only a table of all methods
     if compare:
         is_demo = data == DEMO["data"] and paligemma == DEMO["paligemma"]
-        if is_demo and init_from == "scratch":
+        if is_demo:
             prepare_demo(seed, max_steps)
         folder = out_dir or default_out_dir(config, "all")
         table = results_table(compare_methods(config, folder))

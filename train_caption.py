@@ -43,6 +43,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -707,7 +708,9 @@ def fetch_picture(url):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, re.sub(r"[^\w.]+", "_", url)[-100:])
         problem = download(url, path, tries=3, otherwise=str)
-        return open_image(path, otherwise=str) if os.path.exists(path) else problem
+        if os.path.exists(path):
+            return open_image(path, otherwise=str)
+        return problem.split(". Run again")[0]
 
 
 def caption_pictures(path, process):
@@ -809,7 +812,7 @@ def prepare_demo(config):
             continue
         print(f"\n[{number}/5] {what}", flush=True)
         words = command.split()
-        if words[0] == "train_gpt2.py" and os.path.exists("out/gpt2_shapes/ckpt.pt"):
+        if words[0] == "train_gpt2.py" and os.path.exists(run_file("out/gpt2_shapes")):
             words.append("init_from=resume")  # it was interrupted
         run_script(*words)
     typed = " ".join(f"{k}={config[k]}" for k in (*DEMO, "fusion", "every"))
@@ -829,14 +832,15 @@ def compare_variants(folder, chosen):
         if os.path.exists(f"{run_dir}/results.json"):
             print(f"{run_dir} is finished already", flush=True)
         else:
-            resume = ["init_from=resume"] if os.path.exists(f"{run_dir}/ckpt.pt") else []
+            resume = ["init_from=resume"] if os.path.exists(run_file(run_dir)) else []
             run_script("train_caption.py", *words, f"fusion={fusion}", f"every={every}",
                        f"out_dir={run_dir}", *resume)
         result = read_json(f"{run_dir}/results.json")
         for name, value in dict(split=split, beam=beam, consensus=consensus).items():
             if result["settings"][name] != value:
-                die(f"{run_dir}/results.json has {name}={result['settings'][name]}: delete it, and "
-                    "the run is scored anew")
+                die(f"{run_dir} was scored with {name}={result['settings'][name]}: score it again, "
+                    f"`python train_caption.py out_dir={run_dir} init_from=resume eval_only=True "
+                    f"{name}={value}`")
         rows.append(result)
         log = count_captions(read_log(f"{run_dir}/log.csv"), result["settings"]["batch_size"])
         for column in curves:
@@ -945,10 +949,11 @@ def find_run():
         return out_dir
     if init_from not in ("scratch", "resume"):
         return init_from
-    paths = glob.glob("out/**/ckpt.pt", recursive=True)
+    paths = [path for path in glob.glob("out/**/*.pt", recursive=True) if "_shuffled" not in path]
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        if "_shuffled" not in path and "gpt_config" in load_checkpoint(path, mmap=True):
-            return os.path.dirname(path)
+        with suppress(Exception):  # other programs have .pt files too
+            if "gpt_config" in torch.load(path, "cpu", weights_only=True, mmap=True):
+                return os.path.dirname(path)
     die("image= needs a trained run: `python train_caption.py` trains one")
 
 
@@ -1018,7 +1023,9 @@ class Evaluation(NamedTuple):
 
     def quality(self):
         """What chooses best.pt: CIDEr, or the share without a mistake, which is less noisy."""
-        return self.scores["CIDEr"] if self.right is None else self.right
+        if self.right is None:
+            return self.scores["CIDEr"]
+        return self.right + 1e-6 * self.scores["CIDEr"]  # among equal shares, the higher CIDEr
 
 
 def evaluate(model, images, references, features, tokenizer, max_length, process, beam=1,
@@ -1207,7 +1214,7 @@ if __name__ == "__main__":
     step, best = 0, -1.0
     if init_from == "resume":
         step, best = checkpoint["step"], checkpoint.get("best", -1.0)
-        if checkpoint["settings"]["split"] != split:
+        if checkpoint["settings"]["split"] != split and step < max_steps:
             best = -1.0  # of other pictures
         if not eval_only:
             resume_optimizers(optimizers, checkpoint, out_dir)

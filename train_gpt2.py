@@ -1065,7 +1065,7 @@ class BackgroundWriter:
 
 def run_file(path, prefer="ckpt.pt"):
     """The checkpoint that `path` names: a .pt file, or one in a run's folder."""
-    if path.endswith(".pt"):
+    if os.path.isfile(path) or path.endswith(".pt") and not os.path.isdir(path):
         return path
     files = [os.path.join(path, name) for name in (prefer, "ckpt.pt", "best.pt")]
     return next(filter(os.path.exists, files), files[0])
@@ -1503,7 +1503,8 @@ if __name__ == "__main__":
     if init_from == "resume" and checkpoint:
         resume_optimizers(optimizers, checkpoint, source)
         step, best = checkpoint["step"], checkpoint["best"]
-        if any(config[k] != checkpoint["settings"][k] for k in VALIDATION_SETTINGS):
+        changed = [k for k in VALIDATION_SETTINGS if config[k] != checkpoint["settings"][k]]
+        if changed and step < max_steps:
             best = math.inf  # of other text
         if rank == 0:
             warn_changed(config, checkpoint, CURVE_SETTINGS)
@@ -1576,9 +1577,9 @@ if __name__ == "__main__":
     if rank == 0:
         if not stop:
             log.add(**row)
-        on_fineweb = tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb")
-        with going_on("curves.png"):
-            draw_curves(os.path.join(out_dir, "curves.png"), log.rows, on_fineweb)
+            on_fineweb = tokenizer == "gpt2" and os.path.basename(data).startswith("edu_fineweb")
+            with going_on("curves.png"):
+                draw_curves(os.path.join(out_dir, "curves.png"), log.rows, on_fineweb)
         done = f"done: {out_dir}/{{ckpt.pt,best.pt,log.csv,curves.png,samples.txt}}"
         print(f"stopped at step {step}; go on with init_from=resume" if stop else done)
     finish(process)
