@@ -2,7 +2,7 @@ r"""
 Image captioning with a frozen GPT and frozen image features. Only the fusion module between the two
 is trained.
 
-    python train_caption.py                            # nothing prepared: a demo, two minutes
+    python train_caption.py                            # nothing prepared: a demo, some minutes
     python train_caption.py fusion=all                 # five variants side by side
     python train_caption.py image=a.jpg,photos         # caption pictures with the newest run
     python train_caption.py init_from=resume eval_only=True consensus=40    # score it once more
