@@ -1533,7 +1533,7 @@ def test_the_best_loss_counts_anew_on_other_validation_text(road):
         log_column(road / "gpt/log.csv", "val_loss"))
 
 
-def test_a_tilde_in_a_prompt_is_text(monkeypatch):
+def test_a_tilde_in_a_prompt_is_text():
     setting = fineweb.Setting("", str, "")
     assert fineweb.parse_setting("prompt", "~,x", setting) == "~,x"
     assert fineweb.parse_setting("data", "~,x", setting) == f"{os.path.expanduser('~')},x"
@@ -2703,7 +2703,7 @@ def test_training_pictures_in_eight_orientations(tmp_path):
     assert len(images) == len({image["file_name"] for image in images}) == 16
 
 
-def test_a_converted_set_without_val_is_not_converted_again(tmp_path, capsys):
+def test_a_converted_set_without_val_is_not_converted_again(tmp_path):
     for folder, colour in (("a", "red"), ("b", "blue")):
         os.makedirs(tmp_path / folder)
         Image.new("RGB", (8, 8), colour).save(tmp_path / folder / "1.png")
@@ -4055,7 +4055,7 @@ def test_a_copied_whole_model_is_read_from_where_it_is(prompted, monkeypatch, tm
     shutil.copytree(prompted / "base", tmp_path / "copy")
     shutil.copytree(prompted / "aerial", tmp_path / "aerial")
     path = str(tmp_path / "copy/adapter.safetensors")
-    tensors, settings = paligemma_prompt.load_adapter(path)
+    tensors, _ = paligemma_prompt.load_adapter(path)
     for key in tensors:
         if "q_proj.weight" in key:
             tensors[key] = -tensors[key]
@@ -4094,6 +4094,7 @@ def test_the_demo_does_not_build_on_the_model_of_a_shorter_trial(tmp_path, monke
     os.makedirs("out/prompt_small")
     fineweb.save_json("out/prompt_small/results.json", dict(step=20))
     paligemma_prompt.prepare_demo(1337, 4)
+    paligemma_prompt.prepare_demo(1337, 2)  # a longer one is welcome
     with pytest.raises(SystemExit):
         paligemma_prompt.prepare_demo(1337, 100)
     assert "delete it" in capsys.readouterr().err
